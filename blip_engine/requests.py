@@ -1,0 +1,184 @@
+"""What crosses the engine's boundary: requests, their options and their results (standard library only).
+
+The orchestrator checks a job's options with `options_for` before any GPU is started, so this module, and only
+this one, may be imported by it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from .errors import OptionError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Task: TypeAlias = Literal["caption", "vqa", "itm"]
+TASKS: Final[tuple[Task, ...]] = ("caption", "vqa", "itm")
+
+#: The hub repository that serves a task when the user names none.
+DEFAULT_MODELS: Final[Mapping[Task, str]] = {
+    "caption": "Salesforce/blip-image-captioning-base",
+    "vqa": "Salesforce/blip-vqa-base",
+    "itm": "Salesforce/blip-itm-base-coco",
+}
+#: `--model demo` means the small checkpoints that ship in the package.
+DEMO_MODEL: Final = "demo"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """How a caption or an answer is decoded. Lengths count new tokens: neither the prompt nor [BOS], but [SEP]."""
+
+    num_beams: int = 3
+    max_new_tokens: int = 20
+    min_new_tokens: int = 0
+    do_sample: bool = False  # nucleus sampling instead of a search
+    temperature: float = 1.0  # only with do_sample
+    top_k: int = 0  # only with do_sample; 0: all tokens
+    top_p: float = 1.0  # only with do_sample; 1: all tokens
+    seed: int = 0  # only with do_sample; a row's draw depends on it and on the image and text, not on batch-mates
+    repetition_penalty: float = 1.0  # Keskar et al. 2019, https://arxiv.org/abs/1909.05858
+    length_penalty: float = 1.0  # exponent of the length that a finished beam's log-probability is divided by
+    num_return_sequences: int = 1
+
+    def __post_init__(self) -> None:
+        _require("num_beams", 1 <= self.num_beams <= 32, "1 to 32", self.num_beams)
+        _require("max_new_tokens", 1 <= self.max_new_tokens <= 256, "1 to 256", self.max_new_tokens)
+        _require("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens",
+                 self.min_new_tokens)
+        _require("temperature", self.temperature > 0, "above 0", self.temperature)
+        _require("top_k", self.top_k >= 0, "0 (off) or more", self.top_k)
+        _require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1", self.top_p)
+        _require("seed", 0 <= self.seed < 2**63, "0 to 2^63-1", self.seed)
+        _require("repetition_penalty", self.repetition_penalty > 0, "above 0", self.repetition_penalty)
+        if self.do_sample:
+            _require("num_beams", self.num_beams == 1, "1 when do_sample is set", self.num_beams)
+            _require("num_return_sequences", 1 <= self.num_return_sequences <= 32, "1 to 32",
+                     self.num_return_sequences)
+        else:
+            _require("num_return_sequences", 1 <= self.num_return_sequences <= self.num_beams, "1 to num_beams",
+                     self.num_return_sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class MatchOptions:
+    """Image-text matching has nothing to choose yet."""
+
+
+Options: TypeAlias = GenerationOptions | MatchOptions
+
+#: BLIP's own settings: captions with 3 beams and 20 tokens, answers with 3 beams and 10 tokens with [BOS] counted.
+_TASK_DEFAULTS: Final[Mapping[Task, Options]] = {
+    "caption": GenerationOptions(),
+    "vqa": GenerationOptions(max_new_tokens=9),
+    "itm": MatchOptions(),
+}
+
+
+def options_for(task: Task, given: Mapping[str, Any] | None = None) -> Options:
+    """The task's options with its defaults filled in.
+
+    Raises OptionError for a task or an option that does not exist, or for a value of the wrong type or range.
+    """
+    if task not in TASKS:
+        raise OptionError(f"unknown task {task!r}; the tasks are: {', '.join(TASKS)}")
+    default = _TASK_DEFAULTS[task]
+    known = asdict(default)
+    for name, value in (given or {}).items():
+        if name not in known:
+            raise OptionError(f"task {task!r} has no option {name!r}; it has: {', '.join(known) or 'none'}")
+        known[name] = _coerced(name, value, type(known[name]))
+    if isinstance(default, GenerationOptions) and known["do_sample"] and "num_beams" not in (given or {}):
+        known["num_beams"] = 1
+    return type(default)(**known)
+
+
+def _coerced(name: str, value: Any, kind: type) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise OptionError(f"option {name!r} must be {_KIND_NAMES[kind]}, not {value!r}")
+    return value
+
+
+_KIND_NAMES: Final = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def _require(name: str, holds: bool, rule: str, value: object) -> None:
+    if not holds:
+        raise OptionError(f"option {name!r} must be {rule}, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """One caption of one image."""
+
+    text: str  # the prompt, where one was given, included
+    score: float  # sum of the new tokens' log-probabilities / their number^length_penalty
+    token_ids: tuple[int, ...]  # the new tokens, [SEP] included where the model ended by itself
+    alternatives: tuple["Caption", ...] = ()  # the other returned sequences, best first
+
+    def as_record(self) -> dict[str, Any]:
+        """The `result` of a record (CONTRACT: `caption, score, tokens`, and `captions` when several)."""
+        record: dict[str, Any] = {"caption": self.text, "score": self.score, "tokens": len(self.token_ids)}
+        if self.alternatives:
+            record["captions"] = [
+                {"caption": c.text, "score": c.score, "tokens": len(c.token_ids)} for c in (self, *self.alternatives)
+            ]
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to one question about one image."""
+
+    text: str
+    score: float  # as Caption.score
+    ranking: tuple[tuple[str, float], ...] = ()  # several answers with scores, best first, where they were asked for
+
+    def as_record(self) -> dict[str, Any]:
+        """The `result` of a record (`answer, score`, and `ranking` when several)."""
+        record: dict[str, Any] = {"answer": self.text, "score": self.score}
+        if self.ranking:
+            record["ranking"] = [{"answer": text, "score": score} for text, score in self.ranking]
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How well one text fits one image."""
+
+    itm: float  # probability that they match, from the image-text matching head
+    itc: float  # cosine of their projections, from the contrastive heads
+
+    def as_record(self) -> dict[str, Any]:
+        """The `result` of a record (`match, similarity`)."""
+        return {"match": self.itm, "similarity": self.itc}
+
+
+Result: TypeAlias = Caption | Answer | Match
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One image and every text asked about it. Its vision pass is computed once."""
+
+    model: str  # a name the engine was loaded with
+    task: Task
+    pixels: "np.ndarray[Any, Any]"  # uint8 (height, width, 3), already at the model's image size
+    texts: tuple[str, ...]  # prompts ("" for none), questions, or texts to match; one result each, in order
+    options: Options
+
+
+def result_record(task: Task, results: Sequence[Result], several: bool) -> dict[str, Any]:
+    """The `result` of a row: its only result's record, or the list of them under `answers` or `matches`."""
+    if not several:
+        return results[0].as_record()
+    key = {"caption": "captions", "vqa": "answers", "itm": "matches"}[task]
+    return {key: [result.as_record() for result in results]}
+
+
+def option_names(task: Task) -> tuple[str, ...]:
+    """The names of the task's options, for help texts and documentation."""
+    return tuple(field.name for field in fields(_TASK_DEFAULTS[task]))

@@ -1,0 +1,1 @@
+"""Jobs: manifests, plans, the ledger in Redis, the control loop, the command line. Never imports torch."""

@@ -1,0 +1,64 @@
+"""Settings: environment variables `BLIP_*`, each documented here. Command-line flags win over them."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from .errors import UsageError
+
+
+class Settings(BaseSettings):
+    """One class for all processes; build it with `load_settings`, which words mistakes for people."""
+
+    model_config = SettingsConfigDict(env_prefix="BLIP_", frozen=True, extra="ignore")
+
+    redis_url: str = "redis://127.0.0.1:6379/0"  # the coordination Redis (redis://, rediss://, unix://)
+
+    # Leases and the control loop (seconds).
+    lease_seconds: float = Field(default=60, gt=0)  # a silent worker's chunk is given away after this long
+    renew_seconds: float = Field(default=15, gt=0)  # how often a worker renews; also how early it gives up by itself
+    reconcile_seconds: float = Field(default=15, gt=0)  # how often lost chunks are looked for
+    poll_seconds: float = Field(default=0.5, gt=0)  # pause between two steps of the control loop
+    max_attempts: int = Field(default=6, ge=1)  # starts of a chunk, before its unfinished rows get error records
+
+    # What a manifest may point to.
+    # Buckets ("photos") or prefixes ("photos/2024/") that rows may name as s3:// images, comma-separated; "*" is any.
+    # Empty: the manifest's own bucket, and no bucket for a manifest on local disk.
+    allowed_buckets: Annotated[tuple[str, ...], NoDecode] = ()
+    fetch_timeout_seconds: float = Field(default=30, gt=0)  # for one image, retries included
+    max_image_bytes: int = Field(default=64 * 2**20, ge=1)  # an image of more bytes is not read
+    max_image_pixels: int = Field(default=178_956_970, ge=1)  # an image of more pixels is not decoded
+
+    # Object storage.
+    storage_retry_seconds: float = Field(default=30, gt=0)  # how long time-outs, 409 and 5xx are retried, with jitter
+    # For stores that ignore `If-None-Match: *`: look, then write. Two workers that finish the same chunk within the
+    # same instant may then overwrite each other's (equal) part.
+    allow_unconditional_put: bool = False
+
+    # Workers.
+    worker_threads: int = Field(default=2, ge=1)  # chunks worked on at once
+    loaders: int = Field(default=0, ge=0)  # processes that fetch and decode; 0: one for each two cores, at most 8
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    precision: str = "auto"  # auto, fp32, bf16, fp16
+    drain_seconds: float = Field(default=25, ge=0)  # after SIGTERM: what finishes within this is kept
+
+    @field_validator("allowed_buckets", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip().removeprefix("s3://") for part in value.split(",") if part.strip())
+        return value
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """The settings from the environment, with `overrides` (None: not given) on top.
+
+    Raises UsageError that names the variable.
+    """
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "?"
+        raise UsageError(f"setting BLIP_{name.upper()}={first['input']!r}: {first['msg']}") from None

@@ -42,6 +42,11 @@ class Settings(BaseSettings):
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     precision: str = "auto"  # auto, fp32, bf16, fp16
     drain_seconds: float = Field(default=25, ge=0)  # after SIGTERM: what finishes within this is kept
+    slots: int = Field(default=128, ge=1)  # decoded images held at once; they bound the memory of a worker
+    loader_timeout_seconds: float = Field(default=60, gt=0)  # an image that keeps a loader longer fails
+    engine_timeout_seconds: float = Field(default=300, gt=0)  # an engine silent for longer over work is restarted
+    model_timeout_seconds: float = Field(default=1800, gt=0)  # for loading a checkpoint, its download included
+    engine: str = "blip_engine.engine:Engine"  # module:factory; another one for fault tests and dry runs
 
     @field_validator("allowed_buckets", mode="before")
     @classmethod

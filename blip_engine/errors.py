@@ -1,11 +1,11 @@
 """Everything the engine raises on purpose (standard library only).
 
-    BlipError                    base; its text is one line that a user can act on
-    ├── CheckpointError          a model that is absent, incomplete, of the wrong shape, or not what the task needs
-    ├── OptionError              an option the task does not have, or a value out of range
-    ├── InputError               images or texts a model cannot take
-    │   └── ImageError           an image that cannot be decoded; carries the record's error code
-    └── EngineClosedError        a request to an engine that was shut down
+BlipError                    base; its text is one line that a user can act on
+├── CheckpointError          a model that is absent, incomplete, of the wrong shape, or not what the task needs
+├── OptionError              an option the task does not have, or a value out of range
+├── InputError               images or texts a model cannot take
+│   └── ImageError           an image that cannot be decoded; carries the record's error code
+└── EngineClosedError        a request to an engine that was shut down
 """
 
 

@@ -26,6 +26,11 @@ DEFAULT_MODELS: Final[Mapping[Task, str]] = {
 DEMO_MODEL: Final = "demo"
 
 
+def _require(name: str, holds: bool, rule: str, value: object) -> None:
+    if not holds:
+        raise OptionError(f"option {name!r} must be {rule}, not {value!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
     """How a caption or an answer is decoded. Lengths count new tokens: neither the prompt nor [BOS], but [SEP]."""
@@ -45,8 +50,12 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         _require("num_beams", 1 <= self.num_beams <= 32, "1 to 32", self.num_beams)
         _require("max_new_tokens", 1 <= self.max_new_tokens <= 256, "1 to 256", self.max_new_tokens)
-        _require("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens",
-                 self.min_new_tokens)
+        _require(
+            "min_new_tokens",
+            0 <= self.min_new_tokens <= self.max_new_tokens,
+            "0 to max_new_tokens",
+            self.min_new_tokens,
+        )
         _require("temperature", self.temperature > 0, "above 0", self.temperature)
         _require("top_k", self.top_k >= 0, "0 (off) or more", self.top_k)
         _require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1", self.top_p)
@@ -54,11 +63,14 @@ class GenerationOptions:
         _require("repetition_penalty", self.repetition_penalty > 0, "above 0", self.repetition_penalty)
         if self.do_sample:
             _require("num_beams", self.num_beams == 1, "1 when do_sample is set", self.num_beams)
-            _require("num_return_sequences", 1 <= self.num_return_sequences <= 32, "1 to 32",
-                     self.num_return_sequences)
+            _require("num_return_sequences", 1 <= self.num_return_sequences <= 32, "1 to 32", self.num_return_sequences)
         else:
-            _require("num_return_sequences", 1 <= self.num_return_sequences <= self.num_beams, "1 to num_beams",
-                     self.num_return_sequences)
+            _require(
+                "num_return_sequences",
+                1 <= self.num_return_sequences <= self.num_beams,
+                "1 to num_beams",
+                self.num_return_sequences,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +115,6 @@ def _coerced(name: str, value: Any, kind: type) -> Any:
 
 
 _KIND_NAMES: Final = {bool: "true or false", int: "a whole number", float: "a number"}
-
-
-def _require(name: str, holds: bool, rule: str, value: object) -> None:
-    if not holds:
-        raise OptionError(f"option {name!r} must be {rule}, not {value!r}")
 
 
 @dataclass(frozen=True, slots=True)

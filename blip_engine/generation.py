@@ -1,0 +1,289 @@
+"""Decoding: greedy, beam search and nucleus sampling over one cached decoder.
+
+The loop is logits -> search -> next tokens. Hypotheses (beams, samples) are rows of the self-attention and extra
+queries of the cross-attention, whose keys and values exist once per image. Log-probabilities and scores are float32.
+No row looks at another one, so a row's result depends on its own image, prompt and options only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .logits import LogitRules
+from .requests import GenerationOptions
+from .text import BlipTextLMHeadModel
+
+_NEVER = -1.0e9  # a score no hypothesis has; finite, so that sums of it stay finite
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Where decoding starts: [BOS] and, for captions, the words given."""
+
+    ids: Tensor  # (B, P), padded on the left so that every row's last token is its last column
+    mask: Tensor | None  # (B, P), 1 for tokens; None when no row is padded
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], pad: int, device: torch.device, width: int = 0) -> "Prompt":
+        """From lists of ids, padded to `width`, or to the longest."""
+        width = max(width, *(len(row) for row in rows))
+        ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        always_masked = width > 1  # decided by the width, never by the other rows: see batch invariance
+        return cls(ids.to(device), mask.to(device) if always_masked else None)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) number of tokens."""
+        rows, width = self.ids.shape
+        return self.ids.new_full((rows,), width) if self.mask is None else self.mask.sum(1)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the decoder attends to: an image, or an image and a question, encoded."""
+
+    states: Tensor  # (B, S, width)
+    mask: Tensor | None = None  # (B, S), 1 for tokens
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The new tokens of every row, best hypothesis first."""
+
+    tokens: Tensor  # (B, sequences, steps), [SEP] included, padded behind
+    lengths: Tensor  # (B, sequences), new tokens with [SEP]
+    scores: Tensor  # (B, sequences) float32: log-probability of the new tokens / length^length_penalty
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many tokens a row may and must have; they differ between rows only when the caller counts the prompt in."""
+
+    most: Tensor  # (B,)
+    least: Tensor  # (B,)
+    steps: int  # the largest of `most`
+
+    @classmethod
+    def uniform(cls, rows: int, most: int, least: int, device: torch.device) -> "Limits":
+        """The same limits for every row."""
+        return cls(torch.full((rows,), most, device=device), torch.full((rows,), least, device=device), most)
+
+
+@torch.no_grad()
+def generate(
+    decoder: BlipTextLMHeadModel,
+    prompt: Prompt,
+    memory: Memory,
+    options: GenerationOptions,
+    limits: Limits | None = None,
+    uniforms: Tensor | None = None,
+) -> Generated:
+    """Decode every row of a batch.
+
+    `limits` default to the options' own. `uniforms` (B, num_return_sequences, steps) in [0, 1) are the draws of
+    sampling; without them torch's global generator gives them.
+    """
+    rows, device = len(prompt.ids), prompt.ids.device
+    if limits is None:
+        limits = Limits.uniform(rows, options.max_new_tokens, options.min_new_tokens, device)
+    limit = decoder.config.max_position_embeddings
+    if prompt.ids.shape[1] + limits.steps - 1 > limit:
+        raise InputError(f"a prompt of {prompt.ids.shape[1]} tokens and {limits.steps} new ones exceed {limit}")
+    search = _search_for(decoder, prompt, options, limits, uniforms)
+    state = _DecoderState(decoder, prompt, memory, limits.steps)
+    logits = state.read_prompt()[:, None].expand(-1, search.hypotheses, -1)
+    state.fan_out(search.hypotheses)
+    for step in range(limits.steps):
+        tokens, parents = search.advance(logits, step)
+        if step + 1 == limits.steps or search.finished():
+            break
+        logits = state.read_tokens(tokens, parents).unflatten(0, (rows, -1))
+    return search.result()
+
+
+class _DecoderState:
+    """The decoder with its cache, masks and positions: turns tokens into the next logits."""
+
+    def __init__(self, decoder: BlipTextLMHeadModel, prompt: Prompt, memory: Memory, steps: int) -> None:
+        self._decoder, self._prompt, self._memory = decoder, prompt, memory
+        self._cache = decoder.bert.new_cache(prompt.ids.shape[1] + steps)
+        self._mask, self._next_position = prompt.mask, prompt.lengths[:, None]
+
+    def read_prompt(self) -> Tensor:
+        """Logits (B, vocabulary) behind the prompt."""
+        positions = None
+        if self._mask is not None:
+            positions = (self._mask.cumsum(1) - 1).clamp_(min=0)
+        return self._run(self._prompt.ids, positions)
+
+    def fan_out(self, hypotheses: int) -> None:
+        """Turn every row into `hypotheses` rows."""
+        if hypotheses > 1:
+            rows = torch.arange(len(self._prompt.ids), device=self._prompt.ids.device)
+            self._cache.select(rows.repeat_interleave(hypotheses))
+            self._next_position = self._next_position.repeat_interleave(hypotheses, 0)
+            if self._mask is not None:
+                self._mask = self._mask.repeat_interleave(hypotheses, 0)
+
+    def read_tokens(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
+        """Logits (rows, vocabulary) behind `tokens` (rows,), each row going on from row `parents` of the last call.
+
+        A row and its parent belong to the same image, so masks and positions stay where they are.
+        """
+        if parents is not None:
+            self._cache.select(parents)
+        positions = self._next_position
+        self._next_position = positions + 1
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        return self._run(tokens[:, None], positions)
+
+    def _run(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        output = self._decoder(
+            ids,
+            self._mask,
+            positions,
+            encoder_hidden_states=self._memory.states,
+            encoder_attention_mask=self._memory.mask,
+            past_key_values=self._cache,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]  # type: ignore[no-any-return]
+
+
+class _Search(Protocol):
+    """Chooses tokens. One object per batch; `advance` is called once per step."""
+
+    hypotheses: int  # rows per image
+
+    def advance(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """From (B, hypotheses, vocabulary) logits to the tokens to read next and the rows they go on from."""
+
+    def finished(self) -> bool:
+        """Whether no further step can change the result."""
+
+    def result(self) -> Generated: ...
+
+
+def _search_for(
+    decoder: BlipTextLMHeadModel, prompt: Prompt, options: GenerationOptions, limits: Limits, uniforms: Tensor | None
+) -> _Search:
+    end, pad = decoder.config.sep_token_id, decoder.config.pad_token_id
+    rules = LogitRules(options, prompt.ids, prompt.mask, limits.least, end)
+    if options.num_beams > 1:
+        return _BeamSearch(rules, options, limits, end, pad)
+    if options.do_sample and uniforms is None:
+        uniforms = torch.rand(len(prompt.ids), options.num_return_sequences, limits.steps, device=prompt.ids.device)
+    return _TokenSearch(rules, options, limits, end, pad, uniforms if options.do_sample else None)
+
+
+class _TokenSearch:
+    """Greedy decoding, or, with `uniforms`, independent samples."""
+
+    def __init__(
+        self, rules: LogitRules, options: GenerationOptions, limits: Limits, end: int, pad: int, uniforms: Tensor | None
+    ) -> None:
+        rows, device = len(limits.most), limits.most.device
+        self.hypotheses = options.num_return_sequences
+        self._rules, self._limits, self._end, self._pad, self._uniforms = rules, limits, end, pad, uniforms
+        self._penalty = options.length_penalty
+        self._tokens = torch.full((rows, self.hypotheses, limits.steps), pad, device=device)
+        self._total = torch.zeros(rows, self.hypotheses, device=device)
+        self._ended = torch.zeros(rows, self.hypotheses, dtype=torch.bool, device=device)
+
+    def advance(self, logits: Tensor, step: int) -> tuple[Tensor, None]:
+        logits = logits.float()
+        ruled = self._rules.apply(logits, self._tokens[:, :, :step])
+        if self._uniforms is None:
+            chosen = ruled.argmax(-1)
+        else:
+            chosen = self._rules.draw(ruled, self._uniforms[:, :, step])
+        gained = logits.log_softmax(-1).gather(-1, chosen[..., None]).squeeze(-1)
+        self._total += gained.masked_fill(self._ended, 0.0)
+        chosen = chosen.masked_fill(self._ended, self._pad)
+        self._tokens[:, :, step] = chosen
+        self._ended |= (chosen == self._end) | (step + 1 >= self._limits.most)[:, None]
+        return chosen.flatten(), None
+
+    def finished(self) -> bool:
+        return bool(self._ended.all())
+
+    def result(self) -> Generated:
+        lengths = _lengths(self._tokens, self._limits, self._end)
+        return Generated(self._tokens, lengths, self._total / lengths**self._penalty)
+
+
+class _BeamSearch:
+    """Beam search that agrees with transformers' token by token.
+
+    Of the best 2K continuations the first K may finish; K that did not finish go on. A row is settled when the best
+    running score, normalised by the current length, cannot beat its worst finished one.
+    """
+
+    def __init__(self, rules: LogitRules, options: GenerationOptions, limits: Limits, end: int, pad: int) -> None:
+        rows, device, beams = len(limits.most), limits.most.device, options.num_beams
+        self.hypotheses, self._returned = beams, options.num_return_sequences
+        self._rules, self._limits, self._end, self._penalty = rules, limits, end, options.length_penalty
+        self._running = torch.full((rows, beams, limits.steps), pad, device=device)
+        self._running_scores = torch.full((rows, beams), _NEVER, device=device)
+        self._running_scores[:, 0] = 0.0  # at first all beams are equal: only one of them counts
+        self._finished = self._running.clone()
+        self._finished_scores = torch.full((rows, beams), _NEVER, device=device)
+        self._is_finished = torch.zeros(rows, beams, dtype=torch.bool, device=device)
+        self._open = torch.ones(rows, 1, dtype=torch.bool, device=device)  # rows whose result may still change
+        self._offsets = torch.arange(rows, device=device)[:, None] * beams
+
+    def advance(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        log_probabilities = self._rules.apply(logits.float().log_softmax(-1), self._running[:, :, :step])
+        totals = (log_probabilities + self._running_scores[:, :, None]).flatten(1)
+        scores, flat = totals.topk(2 * self.hypotheses)
+        vocabulary = logits.shape[-1]
+        parents, tokens = flat // vocabulary, flat % vocabulary
+        sequences = _take(self._running, parents)
+        sequences[:, :, step] = tokens
+        ended = (tokens == self._end) | (step + 1 >= self._limits.most)[:, None]
+        self._keep_finished(sequences, scores, ended, step + 1)
+        kept = (scores + ended * _NEVER).topk(self.hypotheses)
+        self._running, self._running_scores = _take(sequences, kept.indices), kept.values
+        self._close_settled(step + 1)
+        return tokens.gather(1, kept.indices).flatten(), (parents.gather(1, kept.indices) + self._offsets).flatten()
+
+    def _keep_finished(self, sequences: Tensor, scores: Tensor, ended: Tensor, length: int) -> None:
+        eligible = ended.clone()
+        eligible[:, self.hypotheses :] = False
+        scores = scores / length**self._penalty
+        scores = scores + (~self._open) * _NEVER + (~eligible) * _NEVER
+        best = torch.cat([self._finished_scores, scores], dim=1).topk(self.hypotheses)
+        self._finished = _take(torch.cat([self._finished, sequences], dim=1), best.indices)
+        self._is_finished = torch.cat([self._is_finished, eligible], dim=1).gather(1, best.indices)
+        self._finished_scores = best.values
+
+    def _close_settled(self, length: int) -> None:
+        hope = self._running_scores[:, :1] / length**self._penalty
+        worst = self._finished_scores.amin(1, keepdim=True)
+        beatable = (hope > torch.where(self._is_finished, worst, _NEVER)).any(1, keepdim=True)
+        self._open &= beatable & (length < self._limits.most)[:, None]
+
+    def finished(self) -> bool:
+        return not self._open.any()
+
+    def result(self) -> Generated:
+        tokens = self._finished[:, : self._returned]
+        return Generated(tokens, _lengths(tokens, self._limits, self._end), self._finished_scores[:, : self._returned])
+
+
+def _take(sequences: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, K', T) of (B, K, T) by (B, K') indices."""
+    return sequences.gather(1, index[:, :, None].expand(-1, -1, sequences.shape[2]))
+
+
+def _lengths(tokens: Tensor, limits: Limits, end: int) -> Tensor:
+    """(B, n) tokens up to and with the first `end`, or the row's limit where there is none."""
+    ends = tokens == end
+    first = ends.int().argmax(-1) + 1
+    return torch.where(ends.any(-1), first, limits.most[:, None])

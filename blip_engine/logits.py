@@ -1,0 +1,56 @@
+"""Rules on the next token's logits: repetition penalty, minimum length, and the warps of sampling."""
+
+import torch
+from torch import Tensor
+
+from .requests import GenerationOptions
+
+
+class LogitRules:
+    """The rules one batch decodes under, in the order transformers applies them."""
+
+    def __init__(
+        self, options: GenerationOptions, prompt_ids: Tensor, prompt_mask: Tensor | None, least: Tensor, end: int
+    ) -> None:
+        self._options, self._least, self._end = options, least, end
+        self._prompt = prompt_ids
+        if prompt_mask is not None:  # padding was not said: let it repeat the last token of the prompt instead
+            self._prompt = torch.where(prompt_mask.bool(), prompt_ids, prompt_ids[:, -1:])
+        self._any_least = options.min_new_tokens > 0
+
+    def apply(self, scores: Tensor, generated: Tensor) -> Tensor:
+        """(B, K, vocabulary) logits or log-probabilities, ruled by what (B, K, step) generated tokens say."""
+        if self._options.repetition_penalty != 1.0:
+            scores = self._penalise_repetition(scores, generated)
+        if self._any_least:
+            too_short = (generated.shape[2] < self._least)[:, None]
+            scores = scores.clone()
+            scores[:, :, self._end] = scores[:, :, self._end].masked_fill(too_short, -torch.inf)
+        return scores
+
+    def _penalise_repetition(self, scores: Tensor, generated: Tensor) -> Tensor:
+        prompt = self._prompt[:, None].expand(-1, scores.shape[1], -1)
+        said = torch.cat([prompt, generated], dim=2)
+        penalty = self._options.repetition_penalty
+        of_said = scores.gather(2, said)
+        return scores.scatter(2, said, torch.where(of_said < 0, of_said * penalty, of_said / penalty))
+
+    def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Sample a token per row by inverting the cumulative distribution at (B, K) `uniforms` in [0, 1).
+
+        Temperature, then the top_k most probable tokens, then the smallest set of probability top_p (nucleus sampling,
+        Holtzman et al. 2019, https://arxiv.org/abs/1904.09751). Returns (B, K).
+        """
+        options = self._options
+        ordered, tokens = (logits / options.temperature).sort(-1, descending=True, stable=True)
+        if 0 < options.top_k < ordered.shape[-1]:
+            ordered[..., options.top_k :] = -torch.inf
+        probabilities = ordered.softmax(-1)
+        if options.top_p < 1.0:
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= options.top_p, 0.0)
+        cumulative = probabilities.cumsum(-1)
+        target = uniforms[..., None] * cumulative[..., -1:]
+        index = torch.searchsorted(cumulative, target, right=True)
+        last = (probabilities > 0).sum(-1, keepdim=True) - 1  # rounding must not lead past the nucleus
+        return tokens.gather(-1, index.minimum(last)).squeeze(-1)

@@ -1,0 +1,145 @@
+"""What every model here shares: initial weights, loading and saving in the hub's layout."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .checkpoint import SAFETENSORS_FILE, Checkpoint, check_tensors, find_checkpoint
+from .config import CONFIG_FILE, BlipConfig, BlipTextConfig, BlipVisionConfig
+from .errors import CheckpointError
+
+ConfigT = TypeVar("ConfigT", BlipConfig, BlipTextConfig, BlipVisionConfig)
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,  # the exact one, with erf
+    "relu": F.relu,
+    "selu": F.selu,
+    "silu": F.silu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function that `hidden_act` names; ValueError for an unknown one."""
+    try:
+        return _ACTIVATIONS[name]
+    except KeyError:
+        raise ValueError(f"hidden_act {name!r} is unknown; use one of {', '.join(_ACTIVATIONS)}") from None
+
+
+class PreTrainedModel(nn.Module, Generic[ConfigT]):
+    """Base of the models: `from_pretrained`, `save_pretrained`, `device`, `dtype`."""
+
+    config_class: ClassVar[type[Any]]
+    main_input_name: ClassVar[str] = "pixel_values"
+    #: tensors that are another one's twin: alias -> source. A file may omit them.
+    tied_weights: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, config: ConfigT) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type."""
+        return next(self.parameters()).dtype
+
+    def initialise(self, std: float) -> None:
+        """Random weights as BLIP's: normal with deviation `std`, biases 0, layer norms 1."""
+        for module in self.modules():
+            initialise_module(module, std)
+
+    def tie_weights(self, twins: Mapping[str, str] | None = None) -> None:
+        """Make every alias of `twins` (default: `tied_weights`) the same parameter as its source."""
+        for alias, source in (self.tied_weights if twins is None else twins).items():
+            owner, _, name = alias.rpartition(".")
+            setattr(self.get_submodule(owner), name, self.get_parameter(source))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: str | int | torch.device | None = None,
+    ) -> Self:
+        """Load a checkpoint, whole or not at all, in evaluation mode.
+
+        `dtype` None or "auto" keeps the file's. `device_map` is a device, or "auto" for the GPU if there is one.
+        Raises CheckpointError.
+        """
+        return cls.from_checkpoint(find_checkpoint(pretrained_model_name_or_path, revision), dtype, device_map)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype | str | None = None,
+        device_map: str | int | torch.device | None = None,
+    ) -> Self:
+        """`from_pretrained` for a checkpoint that was already found."""
+        config = cls.config_class.from_json_file(checkpoint.directory / CONFIG_FILE)
+        tensors = {k: v for k, v in checkpoint.read().items() if not k.endswith(".position_ids")}
+        with torch.device("meta"):
+            model = cls(config)
+        check_tensors(checkpoint.source, model.state_dict(), tensors, model.tied_weights)
+        twins = {alias: source for alias, source in model.tied_weights.items() if _is_twin(tensors, alias, source)}
+        model.load_state_dict(tensors | {alias: tensors[source] for alias, source in twins.items()}, assign=True)
+        model.tie_weights(twins)
+        return model.to(device=_device(device_map), dtype=_dtype(dtype)).eval()
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, as transformers reads them; tied twins are left out."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"architectures": [type(self).__name__], **self.config.to_dict(), "dtype": str(self.dtype)[6:]}
+        (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        state = self.state_dict()
+        for alias, source in self.tied_weights.items():
+            if state[alias].data_ptr() == state[source].data_ptr():
+                del state[alias]
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / SAFETENSORS_FILE, metadata={"format": "pt"})
+
+
+def initialise_module(module: nn.Module, std: float) -> None:
+    """Random weights of one linear, convolution or embedding layer; others keep theirs."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=std)
+        if module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+
+
+def _is_twin(tensors: Mapping[str, Tensor], alias: str, source: str) -> bool:
+    # Both present and different: the model was trained untied, and transformers keeps it so.
+    return alias not in tensors or torch.equal(tensors[alias], tensors[source])
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
+    return found
+
+
+def _device(device: str | int | torch.device | None) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cpu" if device is None else device)

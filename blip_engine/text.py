@@ -1,0 +1,407 @@
+"""BLIP's text transformer: BERT with cross-attention, as encoder or decoder, with BLIP's tensor names.
+
+Source: `models/med.py` of https://github.com/salesforce/BLIP; BERT is Devlin et al. 2018,
+https://arxiv.org/abs/1810.04805.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import attend, causal_mask, merge_heads, padding_mask, split_heads
+from .cache import DecoderCache
+from .config import BlipTextConfig
+from .errors import InputError
+from .outputs import LanguageModelOutput, TextOutput
+from .pretrained import PreTrainedModel, activation, initialise_module
+
+
+class BlipTextEmbeddings(nn.Module):
+    """Words and learned positions, normalised. There are no token types."""
+
+    def __init__(self, config: BlipTextConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, input_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None, past: int
+    ) -> Tensor:
+        """(B, T) ids, or their (B, T, width) embeddings, behind `past` cached tokens, to (B, T, width)."""
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            total, limit = past + words.shape[1], self.position_embeddings.num_embeddings
+            if total > limit:
+                raise InputError(f"{total} tokens are more than the model's {limit} positions; shorten the text")
+            position_ids = torch.arange(past, total, device=words.device)[None]
+        return cast(Tensor, self.dropout(self.LayerNorm(words + self.position_embeddings(position_ids))))
+
+
+@dataclass
+class _Source:
+    """What a layer may look at besides its own states."""
+
+    mask: Tensor | None  # additive, for the self-attention
+    encoder_states: Tensor | None  # (B, S, encoder width), for the cross-attention
+    encoder_mask: Tensor | None  # additive, for the cross-attention
+    cache: DecoderCache | None
+    weights: bool  # whether attention probabilities are asked for
+
+    @property
+    def crosses(self) -> bool:
+        return self.encoder_states is not None or (self.cache is not None and self.cache.cross[0] is not None)
+
+
+class BlipTextSelfAttention(nn.Module):
+    """Query, key and value projections of a self- or cross-attention."""
+
+    def __init__(self, config: BlipTextConfig, source_width: int) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(source_width, config.hidden_size)
+        self.value = nn.Linear(source_width, config.hidden_size)
+
+    def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of (B, S, source width) states, (B, heads, S, hs) each."""
+        return split_heads(self.key(states), self.heads), split_heads(self.value(states), self.heads)
+
+    def forward(
+        self, states: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from (B, T, width) states to keys and values: context (B, T, width) and the probabilities.
+
+        Keys of fewer rows than `states` are shared by `rows / key rows` neighbouring rows, the hypotheses of an image:
+        they become further queries on them.
+        """
+        query = split_heads(self.query(states), self.heads)  # (B, heads, T, hs)
+        rows, _, length, _ = query.shape
+        shared = rows // key.shape[0]
+        if shared > 1:  # (images * shared, heads, T, hs) -> (images, heads, shared * T, hs)
+            query = query.unflatten(0, (-1, shared)).transpose(1, 2).flatten(2, 3)
+        dropout = self.dropout if self.training else 0.0
+        context, probabilities = attend(query, key, value, mask, dropout, weights)
+        if shared > 1:
+            context = context.unflatten(2, (shared, length)).transpose(1, 2).flatten(0, 1)
+        return merge_heads(context), probabilities
+
+
+class BlipTextSelfOutput(nn.Module):
+    """A projection, the residual and its layer norm; after attention and after the feed-forward block."""
+
+    def __init__(self, config: BlipTextConfig, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, states: Tensor, residual: Tensor) -> Tensor:
+        return cast(Tensor, self.LayerNorm(self.dropout(self.dense(states)) + residual))
+
+
+class BlipTextAttention(nn.Module):
+    """Attention with its output projection."""
+
+    def __init__(self, config: BlipTextConfig, source_width: int) -> None:
+        super().__init__()
+        self.self = BlipTextSelfAttention(config, source_width)
+        self.output = BlipTextSelfOutput(config, config.hidden_size)
+
+    def forward(
+        self, states: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        context, probabilities = self.self(states, key, value, mask, weights)
+        return self.output(context, states), probabilities
+
+
+class BlipTextIntermediate(nn.Module):
+    """The widening half of the feed-forward block."""
+
+    def __init__(self, config: BlipTextConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = activation(config.hidden_act)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.activation(self.dense(states))
+
+
+class BlipTextLayer(nn.Module):
+    """A post-norm transformer layer, with cross-attention if the configuration says `is_decoder`."""
+
+    def __init__(self, config: BlipTextConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.attention = BlipTextAttention(config, config.hidden_size)
+        if config.is_decoder:
+            self.crossattention = BlipTextAttention(config, config.encoder_hidden_size)
+        self.intermediate = BlipTextIntermediate(config)
+        self.output = BlipTextSelfOutput(config, config.intermediate_size)
+
+    def forward(self, states: Tensor, source: _Source) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        key, value = self.attention.self.project(states)
+        if source.cache is not None:
+            key, value = source.cache.append(self.index, key, value)
+        states, attention = self.attention(states, key, value, source.mask, source.weights)
+        cross = None
+        if source.crosses:
+            key, value = self._cross_keys(source)
+            states, cross = self.crossattention(states, key, value, source.encoder_mask, source.weights)
+        return self.output(self.intermediate(states), states), attention, cross
+
+    def _cross_keys(self, source: _Source) -> tuple[Tensor, Tensor]:
+        if source.cache is not None and (held := source.cache.cross[self.index]) is not None:
+            return held
+        projected = self.crossattention.self.project(source.encoder_states)
+        if source.cache is not None:
+            source.cache.cross[self.index] = projected
+        return cast(tuple[Tensor, Tensor], projected)
+
+
+class BlipTextEncoder(nn.Module):
+    """The stack of layers (a module of its own only for its name in the checkpoints)."""
+
+    def __init__(self, config: BlipTextConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(BlipTextLayer(config, i) for i in range(config.num_hidden_layers))
+
+
+class BlipTextPooler(nn.Module):
+    """BERT's pooler: a tanh projection of the first token."""
+
+    def __init__(self, config: BlipTextConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return cast(Tensor, self.dense(states[:, 0]).tanh())
+
+
+class BlipTextModel(PreTrainedModel[BlipTextConfig]):
+    """The text transformer, as an encoder (bidirectional) or as a decoder (causal, with a cache)."""
+
+    config_class = BlipTextConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config: BlipTextConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = BlipTextEmbeddings(config)
+        self.encoder = BlipTextEncoder(config)
+        self.pooler = BlipTextPooler(config) if add_pooling_layer else None
+        self.initialise(config.initializer_range)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The word embeddings."""
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the word embeddings."""
+        self.embeddings.word_embeddings = value
+
+    def new_cache(self, capacity: int) -> DecoderCache:
+        """An empty cache that holds `capacity` tokens without growing."""
+        return DecoderCache(len(self.encoder.layer), capacity)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: DecoderCache | None = None,
+        use_cache: bool | None = None,
+        is_decoder: bool | None = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> Any:
+        """Run the layers over `input_ids` (B, T), `inputs_embeds` (before) or `encoder_embeds` (behind the embeddings).
+
+        `attention_mask` (B, cached + T) and `encoder_attention_mask` (B, S) hold 1 for tokens and 0 for padding.
+        `encoder_hidden_states` (B, S, encoder width) turn the cross-attention on. As a decoder (`is_decoder`) tokens
+        see only earlier ones, and `past_key_values` (made here with `use_cache`) carries keys and values between calls.
+        Returns a TextOutput, or a tuple with `return_dict=False`. Raises InputError for too many tokens.
+        """
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError("You cannot specify both input_ids and inputs_embeds at the same time")
+        if input_ids is None and inputs_embeds is None and encoder_embeds is None:
+            raise ValueError("You have to specify input_ids, inputs_embeds or encoder_embeds")
+        cache = past_key_values
+        if cache is None and use_cache and is_decoder:
+            cache = self.new_cache(capacity=0)
+        past = cache.length if cache is not None else 0
+        states = encoder_embeds
+        if states is None:
+            states = self.embeddings(input_ids, position_ids, inputs_embeds, past)
+        source = _Source(
+            mask=_self_mask(bool(is_decoder), states, past, attention_mask),
+            encoder_states=encoder_hidden_states,
+            encoder_mask=None if encoder_attention_mask is None else padding_mask(encoder_attention_mask, states.dtype),
+            cache=cache,
+            weights=output_attentions,
+        )
+        output = self._run_layers(states, source, output_hidden_states)
+        return output if return_dict else output.to_tuple()
+
+    def _run_layers(self, states: Tensor, source: _Source, keep_hidden: bool) -> TextOutput:
+        hidden, attentions, crosses = [states], [], []
+        for layer in self.encoder.layer:
+            states, attention, cross = layer(states, source)
+            hidden.append(states)
+            attentions.append(attention)
+            crosses.append(cross)
+        if source.cache is not None:
+            source.cache.advance(states.shape[1])
+        return TextOutput(
+            last_hidden_state=states,
+            pooler_output=None if self.pooler is None else self.pooler(states),
+            past_key_values=source.cache,
+            hidden_states=tuple(hidden) if keep_hidden else None,
+            attentions=tuple(attentions) if source.weights else None,
+            cross_attentions=tuple(crosses) if source.weights and source.crosses else None,
+        )
+
+
+def _self_mask(causal: bool, states: Tensor, past: int, attention_mask: Tensor | None) -> Tensor | None:
+    if causal:
+        return causal_mask(states.shape[1], past, attention_mask, states)
+    return None if attention_mask is None else padding_mask(attention_mask, states.dtype)
+
+
+class BlipTextPredictionHeadTransform(nn.Module):
+    """Dense, activation, layer norm."""
+
+    def __init__(self, config: BlipTextConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = activation(config.hidden_act)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return cast(Tensor, self.LayerNorm(self.activation(self.dense(states))))
+
+
+class BlipTextLMPredictionHead(nn.Module):
+    """Logits over the vocabulary. `bias` is a second name of `decoder.bias` in the checkpoints."""
+
+    def __init__(self, config: BlipTextConfig) -> None:
+        super().__init__()
+        self.transform = BlipTextPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, states: Tensor) -> Tensor:
+        return cast(Tensor, self.decoder(self.transform(states)))
+
+
+class BlipTextOnlyMLMHead(nn.Module):
+    """Holds the prediction head under its name in the checkpoints."""
+
+    def __init__(self, config: BlipTextConfig) -> None:
+        super().__init__()
+        self.predictions = BlipTextLMPredictionHead(config)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return cast(Tensor, self.predictions(states))
+
+
+class BlipTextLMHeadModel(PreTrainedModel[BlipTextConfig]):
+    """The text decoder with a language-modelling head."""
+
+    config_class = BlipTextConfig
+    main_input_name = "input_ids"
+    tied_weights: ClassVar[Mapping[str, str]] = {
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    }
+
+    def __init__(self, config: BlipTextConfig) -> None:
+        super().__init__(config)
+        self.bert = BlipTextModel(config, add_pooling_layer=False)
+        self.cls = BlipTextOnlyMLMHead(config)
+        self.cls.apply(lambda module: initialise_module(module, config.initializer_range))
+        self.tie_weights()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The word embeddings."""
+        return self.bert.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The projection to the vocabulary."""
+        return self.cls.predictions.decoder
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: DecoderCache | None = None,
+        use_cache: bool | None = None,
+        return_logits: bool | None = False,
+        is_decoder: bool | None = True,
+        reduction: str | None = "mean",
+        logits_to_keep: int | Tensor = 0,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> Any:
+        """Predict the next token at every position.
+
+        `labels` (B, T): the same ids, shifted here; -100 is ignored. `logits_to_keep` n > 0 computes only the last n
+        positions, a tensor those it names. `reduction="none"` gives one summed loss per row. `return_logits` returns
+        only the logits without the last position (B, T - 1, vocabulary). The rest is as in `BlipTextModel`.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache if labels is None else False,
+            is_decoder=is_decoder,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.cls(_kept(outputs.last_hidden_state, logits_to_keep))
+        if return_logits:
+            return logits[:, :-1]
+        output = LanguageModelOutput(
+            loss=None if labels is None else self.language_loss(logits, labels, reduction or "mean"),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def language_loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """Cross-entropy of each position's logits (B, T, vocabulary) with the next label of (B, T)."""
+        loss = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1),
+            labels[:, 1:].flatten().to(logits.device),
+            reduction=reduction,
+            label_smoothing=self.config.label_smoothing,
+        )
+        return loss.view(len(labels), -1).sum(1) if reduction == "none" else loss
+
+
+def _kept(states: Tensor, keep: int | Tensor) -> Tensor:
+    if isinstance(keep, Tensor):
+        return states[:, keep]
+    return states[:, -keep:] if keep else states

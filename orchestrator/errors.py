@@ -1,16 +1,16 @@
 """Everything the orchestrator raises on purpose.
 
-    BlipBatchError               base; its text is one line that a user can act on
-    ├── UsageError               a command, option or setting that cannot be right
-    ├── ManifestError            a manifest that cannot be read as a whole (a bad *row* is a record, not an exception)
-    ├── JobError                 a job that cannot go on; `code` is the job's error code
-    ├── FetchError               one image that cannot be fetched; `code` is the record's error code
-    ├── RedisUnavailable         no Redis, or one that refuses writes                             (retryable)
-    └── StorageError             an object or a file that cannot be read or written
-        ├── ObjectNotFound       no such object or bucket
-        ├── AccessDenied         the credentials or the file's mode do not allow it
-        ├── ObjectChanged        not the version that was asked for
-        └── StoreUnavailable     time-outs, 5xx, resets and short bodies that outlasted the retries  (retryable)
+BlipBatchError               base; its text is one line that a user can act on
+├── UsageError               a command, option or setting that cannot be right
+├── ManifestError            a manifest that cannot be read as a whole (a bad *row* is a record, not an exception)
+├── JobError                 a job that cannot go on; `code` is the job's error code
+├── FetchError               one image that cannot be fetched; `code` is the record's error code
+├── RedisUnavailable         no Redis, or one that refuses writes                             (retryable)
+└── StorageError             an object or a file that cannot be read or written
+    ├── ObjectNotFound       no such object or bucket
+    ├── AccessDenied         the credentials or the file's mode do not allow it
+    ├── ObjectChanged        not the version that was asked for
+    └── StoreUnavailable     time-outs, 5xx, resets and short bodies that outlasted the retries  (retryable)
 """
 
 from typing import ClassVar
@@ -50,7 +50,7 @@ class FetchError(BlipBatchError):
 
 
 class RedisUnavailable(BlipBatchError):  # noqa: N818
-    """Redis does not answer, or refuses writes. The caller's change may or may not have happened; all are idempotent."""
+    """Redis does not answer, or refuses writes. A change may have happened all the same."""
 
     retryable = True
 

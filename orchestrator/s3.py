@@ -1,0 +1,197 @@
+"""The S3 side of `storage`: boto3, one retry policy, and conditional writes."""
+
+import base64
+import hashlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import boto3
+from boto3.exceptions import S3UploadFailedError
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,  # noqa: A004 -- botocore's own
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
+
+from .errors import AccessDenied, ObjectChanged, ObjectNotFound, StorageError, StoreUnavailable
+from .settings import Settings
+from .storage import ObjectInfo, Store
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+T = TypeVar("T")
+
+#: Answers that are worth asking again for: conflicts of conditional writes, throttling, and the store's own failures.
+_RETRY_STATUS: Final = frozenset({408, 409, 429, 500, 502, 503, 504})
+_RETRY_CODES: Final = frozenset({"RequestTimeout", "SlowDown", "Throttling", "RequestTimeTooSkewed"})
+_PASSING: Final = (
+    HTTPClientError,
+    ConnectionError,
+    IncompleteReadError,
+)  # ends of connections, time-outs, short bodies
+_DENIED: Final = "access denied; check the credentials and the bucket's policy"
+_MEANING: Final[Mapping[int, tuple[type[StorageError], str]]] = {
+    401: (AccessDenied, _DENIED),
+    403: (AccessDenied, _DENIED),
+    404: (ObjectNotFound, "no such object or bucket"),
+    412: (ObjectChanged, "another version than the one asked for"),
+    416: (ObjectChanged, "shorter than the version asked for"),
+}
+
+
+@lru_cache(maxsize=8)
+def s3_client(timeout: float) -> "S3Client":
+    """One client a process and time-out (they are thread-safe), with retries left to `S3Store`.
+
+    Everything else is the standard AWS configuration: credentials, region, AWS_ENDPOINT_URL_S3.
+    """
+    with _client_lock:  # making a client is not thread-safe
+        config = Config(
+            connect_timeout=min(5.0, timeout),
+            read_timeout=timeout,
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            max_pool_connections=64,
+            # Optional checksums are sent as trailers, which several S3 servers do not read; we send Content-MD5.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        region = None if boto3.DEFAULT_SESSION and boto3.DEFAULT_SESSION.region_name else _default_region()
+        return boto3.client("s3", config=config, region_name=region)
+
+
+_client_lock: Final = threading.Lock()
+
+
+def _default_region() -> str | None:
+    """us-east-1 where none is configured: stores other than AWS do not care, and AWS redirects."""
+    return None if boto3.session.Session().region_name else "us-east-1"
+
+
+class S3Store(Store):
+    """A prefix of a bucket."""
+
+    def __init__(self, bucket: str, prefix: str, settings: Settings) -> None:
+        self.bucket = bucket
+        self.prefix = prefix + "/" if prefix else ""
+        self.root = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._settings = settings
+        self._client = s3_client(min(60.0, settings.storage_retry_seconds))
+
+    def _where(self, key: str) -> dict[str, Any]:
+        return {"Bucket": self.bucket, "Key": self.prefix + key}
+
+    def get(self, key: str, start: int = 0, end: int | None = None, *, etag: str | None = None) -> bytes:
+        if end is not None and end <= start:
+            return b""
+        wanted = self._where(key)
+        if start or end is not None:
+            wanted["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+        if etag is not None:
+            wanted["IfMatch"] = f'"{etag}"'
+
+        def read() -> bytes:
+            answer = self._client.get_object(**wanted)
+            if etag is not None and answer["ETag"].strip('"') != etag:
+                raise ObjectChanged(f"{self.uri(key)} was changed")
+            data = answer["Body"].read()
+            if len(data) != (answer["ContentLength"] if end is None else end - start):
+                raise IncompleteReadError(actual_bytes=len(data), expected_bytes=answer["ContentLength"])
+            return data
+
+        return self._ask(key, read)
+
+    def head(self, key: str) -> ObjectInfo | None:
+        try:
+            answer = self._ask(key, lambda: self._client.head_object(**self._where(key)))
+        except ObjectNotFound:
+            return None
+        return ObjectInfo(key, answer["ContentLength"], answer["ETag"].strip('"'), answer["Metadata"])
+
+    def put(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
+        self._ask(key, lambda: self._client.put_object(**self._body(key, data, metadata)))
+
+    def put_new(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> bool:
+        if self._settings.allow_unconditional_put and self.head(key) is not None:
+            return False
+        body = self._body(key, data, metadata)
+
+        def put() -> bool:
+            try:
+                self._client.put_object(**body, IfNoneMatch="*")
+            except ClientError as error:
+                if _status(error) == 412:
+                    return False
+                raise
+            return True
+
+        return self._ask(key, put)
+
+    def _body(self, key: str, data: bytes, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+        digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        return {**self._where(key), "Body": data, "ContentMD5": digest, "Metadata": dict(metadata or {})}
+
+    def put_file(self, key: str, path: Path) -> None:
+        self._ask(key, lambda: self._client.upload_file(str(path), self.bucket, self.prefix + key))
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        token: dict[str, Any] = {}
+        while True:
+            page = self._ask(prefix, lambda: self._client.list_objects_v2(  # asked at once: `token` is this round's
+                Bucket=self.bucket, Prefix=self.prefix + prefix, **token))  # noqa: B023  # fmt: skip
+            for item in page.get("Contents", ()):
+                yield ObjectInfo(item["Key"].removeprefix(self.prefix), item["Size"], item["ETag"].strip('"'))
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _ask(self, key: str, call: Callable[[], T]) -> T:
+        return retrying(self.uri(key), call, self._settings.storage_retry_seconds)
+
+
+def retrying(uri: str, call: Callable[[], T], seconds: float) -> T:
+    """`call()`, again after a jittered pause while the failure may pass and `seconds` are not over.
+
+    Raises StorageError: ObjectNotFound, AccessDenied, ObjectChanged, StoreUnavailable, or itself for the rest.
+    """
+    deadline = time.monotonic() + seconds
+    pause = 0.1
+    while True:
+        try:
+            return call()
+        except (ClientError, BotoCoreError, S3UploadFailedError) as error:
+            failure = _as_storage_error(uri, error)
+            pause = min(pause * 2, 5.0)
+            wait = pause * random.uniform(0.5, 1.0)
+            if not failure.retryable or time.monotonic() + wait > deadline:
+                raise failure from error
+            time.sleep(wait)
+
+
+def _as_storage_error(uri: str, error: BaseException | None) -> StorageError:
+    if isinstance(error, S3UploadFailedError) and error.__context__ is not None:
+        error = error.__context__
+    if isinstance(error, ClientError):
+        status, code = _status(error), str(error.response.get("Error", {}).get("Code", ""))
+        if status in _RETRY_STATUS or code in _RETRY_CODES:
+            return StoreUnavailable(f"{uri}: the store answered {status} {code}")
+        kind, says = _MEANING.get(status, (StorageError, "the store refused"))
+        return kind(f"{uri}: {says} ({status} {code})")
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return AccessDenied(f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile")
+    kind = StoreUnavailable if isinstance(error, _PASSING) else StorageError
+    return kind(f"{uri}: {' '.join(str(error).split())}")
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

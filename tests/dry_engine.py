@@ -1,0 +1,87 @@
+"""An engine without a model, for fault tests (`BLIP_ENGINE=dry_engine:Engine`): a text may order a fault.
+
+A result names the mean colour of its pixels, so tests see that the right image met the right text.
+"""
+
+import os
+import queue
+import signal
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from blip_engine.errors import CheckpointError, InputError
+from blip_engine.requests import Answer, Caption, Match, Request, Result
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    name: str
+    task: str
+    source: str
+    revision: str | None
+    weights_sha256: str
+    image_size: tuple[int, int]
+
+
+class Engine:
+    """Batches whatever is queued, so that a fault meets neighbours."""
+
+    def __init__(self, device: str = "auto", precision: str = "auto") -> None:
+        if device == "broken":
+            raise RuntimeError("no such device")
+        self._queue: queue.SimpleQueue[tuple[Request, Future[list[Result]]]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def load_model(self, name: str, model: str, task: str) -> ModelInfo:
+        if model.endswith("absent"):
+            raise CheckpointError(f"model {model!r}: no such directory")
+        if model.endswith("deadly"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ModelInfo(name, task, model, None, "0" * 64, (32, 32))
+
+    def submit(self, request: Request) -> "Future[list[Result]]":
+        future: Future[list[Result]] = Future()
+        if any(len(text) > 500 for text in request.texts):
+            future.set_exception(InputError("the text has more than 500 characters"))
+        else:
+            self._queue.put((request, future))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            batch = [self._queue.get()]
+            time.sleep(0.002)
+            while not self._queue.empty() and len(batch) < 16:
+                batch.append(self._queue.get())
+            self._run(batch)
+
+    def _run(self, batch: "list[tuple[Request, Future[list[Result]]]]") -> None:
+        orders = " ".join(text for request, _ in batch for text in request.texts)
+        if "order:die" in orders:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "order:hang" in orders:
+            time.sleep(3600)
+        if "order:slow" in orders:
+            time.sleep(0.05 * len(batch))
+        for request, future in batch:
+            if "order:raise" in orders:
+                future.set_exception(RuntimeError("a kernel failed"))
+            elif "order:memory" in " ".join(request.texts):
+                future.set_exception(MemoryError())
+            else:
+                future.set_result([answer(request, text) for text in request.texts])
+
+
+def answer(request: Request, text: str) -> Result:
+    colour = ",".join(str(round(float(c))) for c in request.pixels.mean(axis=(0, 1)))
+    if (log := os.environ.get("DRY_ENGINE_LOG")) is not None:
+        with Path(log).open("a") as file:
+            file.write(f"{colour} {text}\n")
+    if request.task == "caption":
+        return Caption(f"{colour} {text}".strip(), -0.5, (1, 2, 3))
+    if request.task == "vqa":
+        return Answer(f"{colour} {text}", -0.25)
+    return Match(0.75, 0.5)

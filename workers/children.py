@@ -1,0 +1,146 @@
+"""Child processes that may die or hang at any moment, and the thread that owns them.
+
+Each child has a private pipe and shares no lock with anyone, so killing it cannot wedge another process. All sending,
+receiving, timing out, killing and respawning of a group of children happens in one thread, a `Supervisor`.
+"""
+
+import ctypes
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
+from typing import Any, Final
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+class Child:
+    """A spawned process that runs `target(connection, *args)`, and our end of its pipe."""
+
+    def __init__(self, name: str, target: Callable[..., None], *args: Any) -> None:
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_run, name=name, args=(os.getpid(), target, theirs, args), daemon=True)
+        self._process.start()
+        theirs.close()  # the child's death is then an end of file on our side
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid or 0
+
+    def end(self, grace: float = 0.0) -> str:
+        """Kill it unless it ends by itself within `grace` seconds; how it ended ("signal 9", "exit code 3")."""
+        self._process.join(grace)
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
+        code = self._process.exitcode or 0
+        self._process.close()
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def die_with_parent(parent: int) -> None:
+    """Make the kernel kill this process when its parent dies (Linux), however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we asked
+        os._exit(1)
+
+
+def _run(parent: int, target: Callable[..., None], pipe: Connection, args: tuple[Any, ...]) -> None:
+    die_with_parent(parent)
+    # Ctrl-C and a service manager's SIGTERM reach the whole group; when to stop is the parent's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone: nobody waits for an answer
+        target(pipe, *args)
+
+
+class Supervisor(threading.Thread):
+    """A thread that owns children. Subclasses override `_open`, `_readable` and `_tick`; other threads use `_call`."""
+
+    #: Seconds between two `_tick`s when nothing happens.
+    TICK: Final = 0.25
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._selector = selectors.DefaultSelector()
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._closing = False
+
+    def close(self) -> None:
+        """Stop the thread and kill its children. Answers that are still due never come."""
+        self._closing = True
+        self._wake()
+        if self.is_alive() and threading.current_thread() is not self:
+            self.join()
+
+    def run(self) -> None:
+        """The thread: children are spawned here too, because Linux ties "die with parent" to the spawning thread."""
+        try:
+            self._open()
+            next_tick = 0.0
+            while not self._closing:
+                self._serve()
+                if (now := time.monotonic()) >= next_tick:
+                    self._tick(now)
+                    next_tick = now + self.TICK
+        finally:
+            self._shut()
+            self._selector.close()
+            self._wake_read.close()
+            self._wake_write.close()
+
+    def _serve(self) -> None:
+        for key, _ in self._selector.select(self.TICK):
+            if key.data is None:
+                self._run_calls()
+            else:
+                self._readable(key.data)
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Have `function` run in the supervisor's thread, soon."""
+        self._calls.put(function)
+        self._wake()
+
+    def _wake(self) -> None:
+        with suppress(BlockingIOError, OSError):  # a full pipe has woken it already; a closed one needs no waking
+            self._wake_write.send(b"!")
+
+    def _run_calls(self) -> None:
+        with suppress(BlockingIOError):
+            self._wake_read.recv(65536)
+        with suppress(Empty):
+            while True:
+                self._calls.get_nowait()()
+
+    def _watch(self, pipe: Connection, owner: object) -> None:
+        self._selector.register(pipe, selectors.EVENT_READ, owner)
+
+    def _unwatch(self, pipe: Connection) -> None:
+        self._selector.unregister(pipe)
+
+    def _open(self) -> None:
+        raise NotImplementedError
+
+    def _readable(self, owner: Any) -> None:
+        raise NotImplementedError
+
+    def _tick(self, now: float) -> None:
+        raise NotImplementedError
+
+    def _shut(self) -> None:
+        raise NotImplementedError

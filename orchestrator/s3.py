@@ -66,16 +66,12 @@ def s3_client(timeout: float) -> "S3Client":
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        region = None if boto3.DEFAULT_SESSION and boto3.DEFAULT_SESSION.region_name else _default_region()
-        return boto3.client("s3", config=config, region_name=region)
+        session = boto3.session.Session()  # a new one: the default session remembers old credentials
+        # Stores other than AWS do not care for the region, and AWS redirects.
+        return session.client("s3", config=config, region_name=session.region_name or "us-east-1")
 
 
 _client_lock: Final = threading.Lock()
-
-
-def _default_region() -> str | None:
-    """us-east-1 where none is configured: stores other than AWS do not care, and AWS redirects."""
-    return None if boto3.session.Session().region_name else "us-east-1"
 
 
 class S3Store(Store):

@@ -1,0 +1,270 @@
+"""The coordination state of all jobs: the one module that talks to Redis.
+
+Everything here can be rebuilt from object storage. Each change is one Lua script (`lua/*.lua`), atomic, idempotent,
+and timed by Redis's own clock. Keys, for a job <id>:
+
+    blip:jobs                  ZSET  job id -> created (ms)
+    blip:outputs               HASH  output URI -> job id that writes there
+    blip:control               HASH  owner, epoch, deadline (ms): the control loop in charge; each of its writes
+                                     carries the epoch and is refused once another loop took over
+    blip:workers               ZSET  worker id -> last seen (ms);  blip:workers:info HASH worker id -> JSON
+    blip:job:<id>              HASH  spec (JSON), status, plan (hash), chunks, total (rows), next (chunk to feed),
+                                     chunks_done, completed, failed (rows), fence (last one given), error (JSON),
+                                     model (JSON), weights (sha256), <status>_at (ms)
+    blip:job:<id>:done         BITMAP  a bit per chunk: its part is in storage and counted
+    blip:job:<id>:inflight     ZSET  chunk -> deadline (ms): handed out, leased or not; overdue ones are looked after
+    blip:job:<id>:leases       HASH  chunk -> "fence deadline rows worker"; kept after its deadline, until someone
+                                     takes the chunk over, as the trace of a dead worker
+    blip:job:<id>:attempts     HASH  chunk -> starts, drained ones not counted
+    blip:job:<id>:cursor       HASH  chunk -> row that its worker is at, when it goes row by row
+    blip:job:<id>:blame        HASH  "chunk:row" -> workers that died at this row
+    blip                       LIST  the Celery queue (`broker`); only its length is read here
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+import redis
+from redis.exceptions import RedisError
+
+from .contract import Hint, JobSpec, JobState, Progress, Status
+from .errors import JobError, RedisUnavailable, UsageError
+from .settings import Settings
+
+QUEUE: Final = "blip"
+
+#: status -> statuses it may follow
+_FROM: Final[Mapping[Status, tuple[Status, ...]]] = {
+    "validating": ("failed", "cancelled", "finalizing", "paused", "in_progress"),
+    "in_progress": ("validating", "paused"),
+    "finalizing": ("in_progress",),
+    "completed": ("finalizing",),
+    "failed": ("validating", "in_progress", "finalizing", "paused"),
+    "cancelling": ("validating", "in_progress", "paused", "finalizing"),
+    "cancelled": ("cancelling",),
+    "paused": ("in_progress",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to work on a chunk, until its deadline. A part may be committed without: it is written only once."""
+
+    job: str
+    chunk: int
+    plan: str
+    fence: int  # rises with each lease of the job; an older holder's writes are refused
+    attempt: int  # 1 for the first start; above 1, the worker before died
+    worker: str
+
+
+#: done: the part exists; busy: someone (perhaps we) works on it; gone: job unknown, stopped, or planned anew
+NotLeased: TypeAlias = Literal["done", "busy", "gone"]
+
+
+class StaleEpochError(JobError):
+    """Another control loop took over; this one must stop writing."""
+
+    def __init__(self) -> None:
+        super().__init__("stale", "another control loop took over")
+
+
+class Ledger:
+    """All methods raise RedisUnavailable when Redis cannot be reached or refuses; all may be called again then."""
+
+    def __init__(self, client: "redis.Redis", settings: Settings) -> None:  # type: ignore[type-arg,unused-ignore]
+        self._redis = client
+        self._lease_ms = int(settings.lease_seconds * 1000)
+        folder = Path(__file__).parent / "lua"
+        common = (folder / "common.lua").read_text()
+        self._scripts = {
+            path.stem: client.register_script(common + path.read_text())
+            for path in folder.glob("*.lua")
+            if path.stem != "common"
+        }
+
+    @classmethod
+    def connect(cls, settings: Settings) -> "Ledger":
+        """Raises UsageError for a URL that is none. Does not touch the network yet."""
+        try:
+            client = redis.Redis.from_url(
+                settings.redis_url, decode_responses=True, socket_timeout=10, socket_connect_timeout=5,
+                socket_keepalive=True, health_check_interval=25,
+            )  # fmt: skip
+        except ValueError as error:
+            raise UsageError(f"setting BLIP_REDIS_URL={settings.redis_url!r}: {error}") from None
+        return cls(client, settings)
+
+    def _run(self, script: str, *args: object) -> Any:
+        return self._ask(lambda: self._scripts[script](args=[str(arg) for arg in args]))
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except RedisError as error:
+            raise RedisUnavailable(f"Redis: {' '.join(str(error).split())}; check BLIP_REDIS_URL") from error
+
+    def ping(self) -> None:
+        self._ask(self._redis.ping)
+
+    def close(self) -> None:
+        self._redis.close()
+
+    # Jobs
+
+    def create_job(self, spec: JobSpec) -> bool:
+        """False: known already. Raises UsageError when another job is at work on the same output."""
+        made = self._run("create", spec.id, spec.model_dump_json(), spec.output)
+        if isinstance(made, str):
+            raise UsageError(f"{spec.output}: job {made} is writing here; choose another output or cancel it")
+        return bool(made)
+
+    def jobs(self) -> list[str]:
+        """Ids, in order of creation."""
+        return list(self._ask(lambda: self._redis.zrange("blip:jobs", 0, -1)))
+
+    def spec(self, job: str) -> JobSpec | None:
+        text = self._ask(lambda: self._redis.hget(_key(job), "spec"))
+        return JobSpec.model_validate_json(text) if text else None
+
+    def update_spec(self, spec: JobSpec) -> None:
+        """For a resubmission that changes no more than the job's limits."""
+        self._ask(lambda: self._redis.hset(_key(spec.id), "spec", spec.model_dump_json()))
+
+    def state(self, job: str) -> JobState | None:
+        fields: dict[str, str] = self._ask(lambda: self._redis.hgetall(_key(job)))
+        return _state(job, fields) if fields else None
+
+    def set_status(self, job: str, status: Status, *, epoch: str = "", error: Mapping[str, str] | None = None) -> bool:
+        """False: the job is not in a status that may become this one. Raises StaleEpochError."""
+        text = json.dumps(dict(error)) if error else ""
+        return bool(self._fresh(self._run("status", job, epoch, status, text, *_FROM[status])))
+
+    def progress(self, job: str) -> Progress | None:
+        state = self.state(job)
+        if state is None:
+            return None
+        return Progress(state.total, state.completed, state.failed, self.in_flight(job)[0])
+
+    def in_flight(self, job: str) -> tuple[int, int, int]:
+        """Rows finished inside live leases; live leases; hints handed out that nobody has leased yet."""
+        rows, live, waiting = self._run("progress", job)
+        return int(rows), int(live), int(waiting)
+
+    def report_model(self, job: str, info: Mapping[str, Any]) -> bool:
+        """A worker says which model it loaded (`weights_sha256` and more). False: the job began with other weights."""
+        return bool(self._run("model", job, info["weights_sha256"], json.dumps(dict(info))))
+
+    # Chunks: for workers
+
+    def acquire(self, hint: Hint, worker: str) -> Lease | NotLeased:
+        answer = self._run("acquire", hint.job, hint.chunk, hint.plan, worker, self._lease_ms)
+        if answer[0] != "leased":
+            return answer[0]  # type: ignore[no-any-return]
+        return Lease(hint.job, hint.chunk, hint.plan, int(answer[1]), int(answer[2]), worker)
+
+    def renew(self, lease: Lease, rows_done: int) -> bool:
+        """False: stop; the lease is lost, or the job is paused, cancelled or failed."""
+        return bool(self._run("renew", *_holder(lease), self._lease_ms, rows_done))
+
+    def release(self, lease: Lease) -> bool:
+        """Gives an unfinished chunk back (drain). The attempt is not counted; its hint must go back to the queue."""
+        return bool(self._run("release", *_holder(lease), self._lease_ms))
+
+    def commit(self, chunk: Lease | Hint, completed: int, failed: int) -> bool:
+        """Counts a chunk whose part is in storage. True the first time only."""
+        return bool(self._run("commit", chunk.job, chunk.chunk, chunk.plan, completed, failed))
+
+    def blame(self, lease: Lease, row: int) -> bool:
+        """Before a row is worked on alone: if this worker dies, the row gets the blame. False: the lease is lost."""
+        return bool(self._run("blame", *_holder(lease), row))
+
+    def suspects(self, job: str, chunk: int) -> dict[int, int]:
+        """Row number -> workers that died while at it alone."""
+        found: dict[str, str] = {}
+        for page in self._ask(lambda: list(self._redis.hscan_iter(_key(job) + ":blame", match=f"{chunk}:*"))):
+            found[page[0]] = page[1]
+        return {int(name.partition(":")[2]): int(deaths) for name, deaths in found.items()}
+
+    def worker_seen(self, worker: str, info: Mapping[str, Any]) -> None:
+        """To be called every few seconds; `slots`: chunks the worker takes at once."""
+        self._run("workers", 0, worker, json.dumps(dict(info)))
+
+    def live_workers(self, seconds: float = 45) -> dict[str, dict[str, Any]]:
+        """Workers seen within the last `seconds`."""
+        flat = self._run("workers", seconds)
+        return {worker: json.loads(info) for worker, info in zip(flat[::2], flat[1::2], strict=True)}
+
+    # Chunks: for the control loop; `epoch` comes from `lead`, and a stale one raises StaleEpochError
+
+    def lead(self, owner: str, seconds: float) -> str | None:
+        """Takes or keeps the lead for that long. None: another control loop has it."""
+        epoch: str | None = self._run("lead", owner, int(seconds * 1000))
+        return epoch
+
+    def reset(self, job: str, epoch: str, plan: str, chunks: int, rows: int) -> None:
+        """Sets the job's plan and forgets all work; `mark` then brings back what storage holds."""
+        self._fresh(self._run("reset", job, epoch, plan, chunks, rows))
+
+    def mark(self, job: str, epoch: str, plan: str, done: Iterable[tuple[int, int, int]]) -> None:
+        """Counts (chunk, completed, failed) of parts that were found in storage."""
+        self._fresh(self._run("mark", job, epoch, plan, *(number for part in done for number in part)))
+
+    def feed(self, job: str, epoch: str, most: int) -> list[int]:
+        """Moves the next chunks in flight, to at most `most`; they are then to be published."""
+        return _ints(self._fresh(self._run("feed", job, epoch, most, self._lease_ms)))
+
+    def due(self, job: str, most: int = 1000) -> list[tuple[int, bool]]:
+        """Overdue (chunk, was leased): a worker died at it, or its hint was lost or still waits."""
+        flat = _ints(self._run("due", job, most))
+        return [(chunk, bool(leased)) for chunk, leased in zip(flat[::2], flat[1::2], strict=True)]
+
+    def requeue(self, job: str, epoch: str, chunks: Sequence[int]) -> list[int]:
+        """Gives overdue chunks a new deadline; those returned are to be published again."""
+        return _ints(self._fresh(self._run("requeue", job, epoch, self._lease_ms, *chunks)))
+
+    def queue_length(self) -> int:
+        return int(self._ask(lambda: self._redis.llen(QUEUE)))
+
+    def memory_ratio(self) -> float:
+        """Used memory / maxmemory; 0 where there is no limit."""
+        info = self._ask(lambda: self._redis.info("memory"))
+        return float(info["used_memory"] / info["maxmemory"]) if info.get("maxmemory") else 0.0
+
+    @staticmethod
+    def _fresh(answer: Any) -> Any:
+        if answer is None or answer == -1:
+            raise StaleEpochError
+        return answer
+
+
+def _key(job: str) -> str:
+    return f"blip:job:{job}"
+
+
+def _holder(lease: Lease) -> tuple[str, int, int, str]:
+    return lease.job, lease.chunk, lease.fence, lease.worker
+
+
+def _ints(values: Iterable[str]) -> list[int]:
+    return [int(value) for value in values]
+
+
+def _state(job: str, fields: Mapping[str, str]) -> JobState:
+    def count(name: str) -> int:
+        return int(fields.get(name) or 0)
+
+    times = {name: int(value) / 1000 for name, value in fields.items() if name in _TIMES}
+    return JobState(
+        job, fields["status"], fields.get("plan"), count("chunks"), count("chunks_done"),  # type: ignore[arg-type]
+        count("total"), count("completed"), count("failed"),
+        error=json.loads(fields.get("error") or "null"), model=json.loads(fields.get("model") or "null"), **times,
+    )  # fmt: skip
+
+
+_TIMES: Final = frozenset(
+    {"created_at", "in_progress_at", "finalizing_at", "completed_at", "failed_at", "cancelled_at"}
+)

@@ -250,11 +250,12 @@ def _count_question(scene: Scene, rng: Random) -> Question:
 
 
 def _exists_question(scene: Scene, rng: Random) -> Question:
-    part, answer = rng.choice([p for p in _parts(rng.choice(scene.shapes)) if p != _NOTHING]), "yes"
+    some = [part for shape in scene.shapes for part in _parts(shape) if part != _NOTHING]
+    part, answer = rng.choice(some), "yes"
     if rng.random() < 0.5:
         answer = "no"
         while any(_fits(part, shape) for shape in scene.shapes):
-            part = _altered_part(part, rng)
+            part = _altered_part(rng.choice(some), rng)
     said = _said(part)
     return Question("exists", f"is there {'an' if said[0] == 'o' else 'a'} {said}?", answer)
 

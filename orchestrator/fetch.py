@@ -1,0 +1,103 @@
+"""Where a row's image is, whether it may be read, and its bytes. Loader processes import this: no Celery, no Redis."""
+
+import errno
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from .errors import FetchError, UsageError
+from .settings import Settings
+from .storage import is_s3, split_s3
+
+_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data):", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePolicy:
+    """What the rows of one manifest may point to."""
+
+    folder: str | None  # files must be below it (real path); None: the manifest is not on this machine
+    allowed: tuple[str, ...]  # buckets and prefixes ("bucket/prefix"); "*" for any
+
+    @classmethod
+    def of(cls, manifest: str, is_folder: bool, settings: Settings) -> "ImagePolicy":
+        """`manifest`: its URI or absolute path; a folder of images is its own manifest."""
+        if is_s3(manifest):
+            return cls(None, settings.allowed_buckets or (split_s3(manifest)[0],))
+        return cls(os.path.realpath(manifest if is_folder else Path(manifest).parent), settings.allowed_buckets)
+
+    def resolve(self, image: str) -> str:
+        """The location to give to `fetch`. Touches no network.
+
+        Raises FetchError with code `uri_not_allowed` or `unsupported_uri`.
+        """
+        if is_s3(image):
+            return self._resolve_s3(image)
+        if found := _SCHEME.match(image):
+            code = "uri_not_allowed" if found[1] in {"http", "https"} else "unsupported_uri"
+            raise FetchError(code, f"{_short(image)}: only s3:// images, and files of a local manifest, are read")
+        if self.folder is None:
+            raise FetchError("unsupported_uri", f"{_short(image)}: a manifest on S3 needs s3://bucket/key images")
+        try:
+            path = os.path.realpath(os.path.join(self.folder, image))  # noqa: PTH118 -- keeps odd names as they are
+        except (OSError, ValueError):
+            raise FetchError("unsupported_uri", f"{_short(image)} is not a file name") from None
+        if not path.startswith(self.folder.rstrip("/") + "/"):
+            raise FetchError("uri_not_allowed", f"{_short(image)} is not below the manifest's folder {self.folder}")
+        return path
+
+    def _resolve_s3(self, image: str) -> str:
+        try:
+            bucket, key = split_s3(image)
+        except UsageError as error:
+            raise FetchError("unsupported_uri", str(error)) from None
+        if not key:
+            raise FetchError("unsupported_uri", f"{_short(image)} names a bucket, not an object")
+        for entry in self.allowed:
+            allowed_bucket, _, prefix = entry.partition("/")
+            if entry == "*" or (bucket == allowed_bucket and key.startswith(prefix)):
+                return image
+        raise FetchError("uri_not_allowed", f"{_short(image)}: add {bucket} to BLIP_ALLOWED_BUCKETS to read from it")
+
+
+def fetch(location: str, max_bytes: int, timeout: float) -> bytes:
+    """The bytes at a location that `ImagePolicy.resolve` gave; never more than `max_bytes`, never fewer than there are.
+
+    Transient failures are retried within about `timeout` seconds. Raises FetchError with code `image_not_found`,
+    `access_denied`, `fetch_failed`, `fetch_timeout`, `image_too_large` or `image_unreadable`.
+    """
+    if not is_s3(location):
+        return _read_file(location, max_bytes)
+    from .s3 import fetch_object  # noqa: PLC0415 -- local jobs never load boto3
+
+    return fetch_object(location, max_bytes, timeout)
+
+
+_CODES: Final = {
+    errno.ENOENT: "image_not_found",
+    errno.ENOTDIR: "image_not_found",
+    errno.ENAMETOOLONG: "image_not_found",
+    errno.EACCES: "access_denied",
+    errno.EPERM: "access_denied",
+}
+
+
+def _read_file(path: str, max_bytes: int) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not make us wait
+        with os.fdopen(descriptor, "rb") as file:
+            info = os.fstat(descriptor)
+            if not stat.S_ISREG(info.st_mode):
+                raise FetchError("image_unreadable", f"{path} is not a file")
+            if info.st_size > max_bytes:
+                raise FetchError("image_too_large", f"{path} has {info.st_size} bytes; the limit is {max_bytes}")
+            return file.read(max_bytes)
+    except OSError as error:
+        raise FetchError(_CODES.get(error.errno or 0, "fetch_failed"), f"{path}: {error.strerror}") from error
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + "…"

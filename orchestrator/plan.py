@@ -1,0 +1,196 @@
+"""The plan: which bytes of the manifest are which chunk. Written once to the output, then only read.
+
+plan/rows-<sha256>.jsonl         the staged listing, for a folder or prefix
+plan/<hash>/chunks-00000.json    pages of chunk boundaries
+plan/plan.json                   written last, by conditional PUT: the planner that is first decides
+"""
+
+import hashlib
+import json
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from blip_engine.requests import Task
+
+from .contract import BadRow, Chunk, JobSpec, ManifestFormat, Row
+from .errors import JobError, ManifestError, ObjectChanged, ObjectNotFound
+from .fetch import ImagePolicy
+from .manifest import choose_chunk_rows, is_folder, open_manifest, scan, staged_listing
+from .rows import parse_rows
+from .settings import Settings
+from .storage import Store, open_object
+
+PLAN_KEY: Final = "plan/plan.json"
+PAGE_CHUNKS: Final = 4096
+_PAGES_KEPT: Final = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An immutable plan, as read from or written to an output."""
+
+    hash: str  # names the plan: of the manifest's version and every boundary
+    source: str  # what the user named as the manifest
+    format: ManifestFormat
+    manifest: str  # URI or path of the rows: `source`, or the staged listing
+    etag: str  # the version of `manifest` that was planned
+    size: int  # bytes of `manifest`
+    rows: int
+    chunks: int
+    chunk_rows: int  # rows in a chunk; the last one, and chunks of very long rows, have fewer
+    store: Store = field(compare=False, repr=False)
+    settings: Settings = field(compare=False, repr=False)
+    _pages: "OrderedDict[int, list[Chunk]]" = field(default_factory=OrderedDict, compare=False, repr=False)
+
+    def chunk(self, number: int) -> Chunk:
+        """Raises IndexError beyond the last one, and StorageError."""
+        if not 0 <= number < self.chunks:
+            raise IndexError(f"chunk {number} of {self.chunks}")
+        return self._page(number // PAGE_CHUNKS)[number % PAGE_CHUNKS]
+
+    def all_chunks(self) -> Iterator[Chunk]:
+        for page in range(-(-self.chunks // PAGE_CHUNKS)):
+            yield from self._page(page)
+
+    def _page(self, number: int) -> list[Chunk]:
+        page = self._pages.get(number)
+        if page is None:
+            page = _read_page(json.loads(self.store.get(_page_key(self.hash, number))))
+            self._pages[number] = page
+            while len(self._pages) > _PAGES_KEPT:
+                self._pages.popitem(last=False)
+        return page
+
+    def read_rows(self, chunk: Chunk, task: Task) -> list[Row | BadRow]:
+        """The rows of a chunk. Raises JobError (`manifest_changed`) when the manifest is not the planned version."""
+        store, key = open_object(self.manifest, self.settings)
+        try:
+            return parse_rows(store.get(key, chunk.start, chunk.end, etag=self.etag), chunk, task, self.format)
+        except (ObjectChanged, ObjectNotFound, ManifestError) as error:
+            raise self._changed() from error
+
+    def check_manifest(self) -> None:
+        """Raises JobError (`manifest_changed`) when the manifest is gone or another version."""
+        store, key = open_object(self.manifest, self.settings)
+        info = store.head(key)
+        if info is None or info.etag != self.etag:
+            raise self._changed()
+
+    def _changed(self) -> JobError:
+        return JobError(
+            "manifest_changed",
+            f"{self.manifest} was changed or removed after the job was planned; put the planned version back, or start "
+            "a new job with another output",
+        )
+
+    def image_policy(self) -> ImagePolicy:
+        """What the rows' images may point to."""
+        return ImagePolicy.of(self.source, self.format == "folder", self.settings)
+
+
+def load_plan(store: Store, settings: Settings) -> Plan | None:
+    """The output's plan; None when it has none yet."""
+    try:
+        text = store.get(PLAN_KEY)
+    except ObjectNotFound:
+        return None
+    try:
+        return Plan(**json.loads(text), store=store, settings=settings)
+    except (ValueError, TypeError):
+        raise JobError("plan_invalid", f"{store.uri(PLAN_KEY)} is not a plan; choose another output") from None
+
+
+def make_plan(spec: JobSpec, store: Store, settings: Settings) -> Plan:
+    """The output's plan, made and written if there is none. Raises ManifestError and StorageError.
+
+    May be killed at any point, and may run twice at once: `plan.json` is written last, and the first one stays.
+    """
+    found = load_plan(store, settings)
+    if found is not None:
+        return found
+    if is_folder(spec.manifest) or spec.manifest_format == "folder":
+        with staged_listing(spec.manifest, settings) as (path, digest):
+            key = f"plan/rows-{digest[:32]}.jsonl"
+            if store.head(key) is None:
+                store.put_file(key, path)
+        draft = draft_plan(store.uri(key), "jsonl", spec.chunk_rows, settings)
+        draft = draft.of_folder(spec.manifest)
+    else:
+        draft = draft_plan(spec.manifest, spec.manifest_format, spec.chunk_rows, settings)
+    return draft.write(store, settings)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan before it is written. Boundaries are arrays: 16 bytes a chunk."""
+
+    header: dict[str, Any]  # the fields of plan.json, but for the hash
+    starts: "array[int]"
+    ends: "array[int]"
+    rows: "array[int]"
+
+    def of_folder(self, source: str) -> "Draft":
+        return Draft({**self.header, "source": source, "format": "folder"}, self.starts, self.ends, self.rows)
+
+    @property
+    def hash(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.header, sort_keys=True).encode())
+        for numbers in (self.starts, self.ends, self.rows):
+            digest.update(numbers.tobytes())
+        return digest.hexdigest()[:32]
+
+    def write(self, store: Store, settings: Settings) -> Plan:
+        name = self.hash
+        first_row = 0
+        for page, begin in enumerate(range(0, len(self.starts), PAGE_CHUNKS)):
+            span = slice(begin, begin + PAGE_CHUNKS)
+            rows = self.rows[span].tolist()
+            content = {
+                "first_chunk": begin, "first_row": first_row, "start": self.starts[begin],
+                "ends": self.ends[span].tolist(), "rows": rows,
+            }  # fmt: skip
+            store.put(_page_key(name, page), json.dumps(content).encode())
+            first_row += sum(rows)
+        text = json.dumps({"hash": name, **self.header}, indent=2)
+        store.put_new(PLAN_KEY, text.encode() + b"\n")
+        plan = load_plan(store, settings)
+        if plan is None:
+            raise JobError("plan_invalid", f"{store.uri(PLAN_KEY)} was written and is not there")
+        return plan
+
+
+def draft_plan(uri: str, fmt: ManifestFormat | None, chunk_rows: int | None, settings: Settings) -> Draft:
+    """Scans a manifest file. Raises ManifestError, also when it changes meanwhile."""
+    store, key, etag, size, found = open_manifest(uri, fmt, settings)
+    try:
+        chunk_rows = chunk_rows or choose_chunk_rows(size, store.get(key, 0, min(size, 2**20), etag=etag))
+        starts, ends, rows = array("q"), array("q"), array("q")
+        for chunk in scan(lambda start, end: store.get(key, start, end, etag=etag), size, chunk_rows):
+            starts.append(chunk.start)
+            ends.append(chunk.end)
+            rows.append(chunk.rows)
+    except ObjectChanged:
+        raise ManifestError(f"{uri} was changed while it was being read; run again once it is complete") from None
+    if not rows:
+        raise ManifestError(f"{uri} is empty; a manifest needs at least one row")
+    header = {
+        "source": uri, "format": found, "manifest": uri, "etag": etag, "size": size, "rows": sum(rows),
+        "chunks": len(rows), "chunk_rows": chunk_rows,
+    }  # fmt: skip
+    return Draft(header, starts, ends, rows)
+
+
+def _page_key(plan: str, page: int) -> str:
+    return f"plan/{plan}/chunks-{page:05d}.json"
+
+
+def _read_page(content: dict[str, Any]) -> list[Chunk]:
+    chunks = []
+    start, first_row = content["start"], content["first_row"]
+    for index, (end, rows) in enumerate(zip(content["ends"], content["rows"], strict=True)):
+        chunks.append(Chunk(content["first_chunk"] + index, start, end, first_row, rows))
+        start, first_row = end, first_row + rows
+    return chunks

@@ -1,0 +1,146 @@
+"""The bytes of a chunk as rows. A bad row becomes a `BadRow`, and leaves its neighbours alone."""
+
+import json
+import math
+from typing import Any, Final, NoReturn
+
+from blip_engine.requests import Task
+
+from .contract import BadRow, Chunk, ErrorCode, ManifestFormat, Row
+from .errors import ManifestError
+
+#: Longer texts are refused before any tokenizer sees them; BLIP reads 512 tokens at most.
+MAX_TEXT: Final = 20_000
+MAX_TEXTS: Final = 1_000
+MAX_URI: Final = 4_096
+
+#: task -> key of one text, key of several; captions need none
+_TEXT_KEYS: Final[dict[Task, tuple[str, str | None]]] = {
+    "caption": ("prompt", None),
+    "vqa": ("question", "questions"),
+    "itm": ("text", "texts"),
+}
+
+
+class _BadRowError(Exception):
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def parse_rows(data: bytes, chunk: Chunk, task: Task, fmt: ManifestFormat) -> list[Row | BadRow]:
+    """The rows of a chunk's bytes, in order, numbered from `chunk.first_row`.
+
+    Raises ManifestError when their number is not the planned one: the manifest was changed.
+    """
+    lines = [line for line in data.removeprefix(BOM if chunk.start == 0 else b"").split(b"\n") if line.strip()]
+    if len(lines) != chunk.rows:
+        raise ManifestError(f"the manifest was changed: {len(lines)} rows where {chunk.rows} were planned")
+    return [_parse_row(line, chunk.first_row + index, task, fmt) for index, line in enumerate(lines)]
+
+
+BOM: Final = b"\xef\xbb\xbf"
+
+
+def _parse_row(line: bytes, number: int, task: Task, fmt: ManifestFormat) -> Row | BadRow:
+    raw: dict[str, Any] = {}
+    try:
+        raw = _read_line(line, fmt)
+        image = raw.get("image")
+        if not isinstance(image, str) or not image.strip():
+            raise _BadRowError("row_invalid", "the row has no `image`")
+        if len(image) > MAX_URI:
+            raise _BadRowError("row_invalid", f"`image` has more than {MAX_URI} characters")
+        row_id = _row_id(raw)
+        texts, several = _texts(raw, task)
+    except _BadRowError as error:
+        return _bad(number, error, raw, line)
+    return Row(number, image, row_id, texts, several, _passthrough(raw))
+
+
+def _bad(number: int, error: _BadRowError, raw: dict[str, Any], line: bytes) -> BadRow:
+    image, row_id = raw.get("image"), raw.get("id", raw.get("custom_id"))
+    return BadRow(
+        number,
+        error.code,
+        str(error),
+        image if isinstance(image, str) else None,
+        row_id if _is_id(row_id) else None,
+        _passthrough(raw) or {"line": line[:1000].decode(errors="replace").strip()},
+    )
+
+
+def _read_line(line: bytes, fmt: ManifestFormat) -> dict[str, Any]:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise _BadRowError("row_invalid", f"not UTF-8 at byte {error.start} of the line") from None
+    if fmt == "list":
+        return {"image": text.strip()}
+    try:
+        row = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        if isinstance(row, dict) and text.count("[") + text.count("{") > 100:
+            json.dumps(row)  # what cannot be nested into a record is refused here
+    except RecursionError:
+        raise _BadRowError("row_invalid", "the JSON is nested too deeply") from None
+    except ValueError as error:
+        raise _BadRowError("row_invalid", f"not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise _BadRowError("row_invalid", "not a JSON object")
+    return row
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is out of range")
+    return value
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _row_id(raw: dict[str, Any]) -> str | int | float | None:
+    value = raw.get("id", raw.get("custom_id"))
+    if value is not None and not _is_id(value):
+        raise _BadRowError("row_invalid", "`id` must be a string or a number")
+    return value
+
+
+def _texts(raw: dict[str, Any], task: Task) -> tuple[tuple[str, ...], bool]:
+    """The row's texts, and whether they were given as a list."""
+    one, many = _TEXT_KEYS[task]
+    if many and raw.get(many) is not None:
+        if raw.get(one) is not None:
+            raise _BadRowError("row_invalid", f"the row has both `{one}` and `{many}`; give one of them")
+        texts = raw[many]
+        if not isinstance(texts, list) or len(texts) > MAX_TEXTS:
+            raise _BadRowError("row_invalid", f"`{many}` must be a list of at most {MAX_TEXTS} strings")
+        if not texts:
+            raise _BadRowError("text_missing", f"`{many}` is empty")
+        return tuple(_text(text, many, task) for text in texts), True
+    return (_text(raw.get(one), one, task),), False
+
+
+def _text(value: object, key: str, task: Task) -> str:
+    if value is None and task == "caption":
+        return ""
+    if value is None:
+        raise _BadRowError("text_missing", f"the row has no `{key}`")
+    if not isinstance(value, str):
+        raise _BadRowError("row_invalid", f"`{key}` must be a string")
+    if not value.strip() and task != "caption":
+        raise _BadRowError("text_missing", f"`{key}` is blank")
+    if len(value) > MAX_TEXT:
+        raise _BadRowError("text_too_long", f"`{key}` has more than {MAX_TEXT} characters")
+    return value
+
+
+def _passthrough(raw: dict[str, Any]) -> dict[str, Any]:
+    used = {"image", "id" if "id" in raw else "custom_id"}
+    return {key: value for key, value in raw.items() if key not in used}

@@ -5,6 +5,8 @@ costs exactly the image in its hands. This module is what a loader process impor
 """
 
 import logging
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -27,10 +29,10 @@ _DEATHS_AT_START: Final = 5  # in a row: the loaders cannot work at all
 class LoaderLimits:
     """What one image may cost."""
 
-    max_bytes: int = 64 << 20  # of the encoded image
-    fetch_timeout: float = 30.0  # seconds, for the storage client
-    max_pixels: int = 178_956_970
-    hang_timeout: float = 60.0  # seconds in a child's hands, after which the child is killed
+    max_bytes: int  # of the encoded image
+    max_pixels: int
+    fetch_timeout: float  # seconds, for the storage client
+    hang_timeout: float  # seconds in a child's hands, after which the child is killed
 
 
 @dataclass(slots=True)
@@ -51,6 +53,12 @@ class _Loader:
     ready: bool = False
     items: deque[_Item] = field(default_factory=deque)
     since: float = 0.0  # when the first item came into its hands
+
+
+def loader_count(wanted: int) -> int:
+    """`wanted`, or where that is 0: one for each two cores, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return wanted or max(1, min(8, cores // 2))
 
 
 class LoaderPool(Supervisor):

@@ -1,0 +1,54 @@
+"""A job as a worker sees it: its spec, plan, output and checkpoint. Opened once, used by all of its chunks."""
+
+from dataclasses import dataclass
+
+from blip_engine.requests import Options, options_for
+from orchestrator.contract import Hint, JobSpec
+from orchestrator.errors import JobError
+from orchestrator.fetch import ImagePolicy
+from orchestrator.ledger import Ledger
+from orchestrator.plan import Plan, load_plan
+from orchestrator.settings import Settings
+from orchestrator.storage import Store, open_store
+
+from .messages import Checkpoint
+
+
+@dataclass(slots=True)
+class OpenJob:
+    """Shared by the worker's threads; only `checkpoint` is ever set later."""
+
+    spec: JobSpec
+    store: Store
+    plan: Plan
+    options: Options
+    images: ImagePolicy
+    checkpoint: Checkpoint | None = None  # once it is resident and reported
+
+    @classmethod
+    def of(cls, ledger: Ledger, hint: Hint, settings: Settings) -> "OpenJob":
+        """Raises JobError when the job has no such plan."""
+        spec = ledger.spec(hint.job)
+        if spec is None:
+            raise JobError("unknown_job", f"job {hint.job} is not in Redis")
+        store = open_store(spec.output, settings)
+        plan = load_plan(store, settings)
+        if plan is None or plan.hash != hint.plan:
+            raise JobError("plan_changed", f"{spec.output} has another plan than the job's; choose another output")
+        return cls(spec, store, plan, options_for(spec.task, spec.options), plan.image_policy())
+
+    def report(self, ledger: Ledger, checkpoint: Checkpoint) -> None:
+        """Tell the ledger what serves this job. Raises JobError when it began with other weights."""
+        info = {
+            "model": self.spec.model,
+            "source": checkpoint.source,
+            "revision": checkpoint.revision,
+            "weights_sha256": checkpoint.weights_sha256,
+        }
+        if not ledger.report_model(self.spec.id, info):
+            raise JobError(
+                "model_changed",
+                f"model {self.spec.model!r} has other weights now than when the job began; pin its @revision, or "
+                "choose another output",
+            )
+        self.checkpoint = checkpoint

@@ -1,0 +1,202 @@
+"""From rows to records: fetch, decode and resize in the loaders, run in the engine, one record per row in row order.
+
+Each chunk is an event loop in its Celery thread. Images in flight are bounded by the lane's slots, whatever the
+number of rows; rows of a chunk that share an image share one load and one vision pass.
+"""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, Final
+
+from blip_engine.requests import Options, Result, Task, result_record
+from orchestrator.contract import BadRow, Row, error_row, result_row
+from orchestrator.errors import FetchError
+
+from .engine_process import EngineProcess
+from .loader import LoaderPool
+from .messages import Checkpoint, Failure, Run
+
+_MOST_TEXTS: Final = 64  # in one run; more rows about an image make another one
+_CHECK_SECONDS: Final = 0.5  # between two looks at whether to go on, when nothing comes in
+
+
+@dataclass(frozen=True, slots=True)
+class JobContext:
+    """What the rows of one job have in common."""
+
+    task: Task
+    options: Options
+    checkpoint: Checkpoint
+    locate: Callable[[str], Any]  # a row's image -> what the loaders fetch; raises FetchError
+
+
+@dataclass(slots=True)
+class _Flight:
+    """One image in a slot, and the rows that are about it."""
+
+    chunk: "ChunkRun"
+    location: Any
+    rows: list[Row]
+    slot: int = -1
+    loaded: bool = False
+    later: deque[list[Row]] = field(default_factory=deque)  # to be run after `rows`, from the same slot
+
+    def texts(self) -> tuple[str, ...]:
+        """Every distinct text of the rows."""
+        return tuple(dict.fromkeys(text for row in self.rows for text in row.texts))
+
+
+class Lane:
+    """A Celery thread's share of the slots. It outlives chunks: what an abandoned chunk has in flight still lands."""
+
+    def __init__(self, slots: Sequence[int], loaders: LoaderPool, engine: EngineProcess) -> None:
+        self._free = list(slots)
+        self._loaders, self._engine = loaders, engine
+        self._replies: SimpleQueue[tuple[_Flight, Any]] = SimpleQueue()
+
+    def run(self, chunk: "ChunkRun") -> list[dict[str, Any]]:
+        """The chunk's records, in row order. Passes on what `chunk.check` raises, to abandon it."""
+        waiting = deque(chunk.flights())
+        while chunk.rows_done < len(chunk.rows):
+            while waiting and self._free and chunk.flying < chunk.most_flying:
+                self._start(waiting.popleft())
+            with suppress(Empty):  # nothing yet: `check` decides whether to wait on
+                self._land(*self._replies.get(timeout=_CHECK_SECONDS), chunk)
+            chunk.check()
+        return chunk.records
+
+    def _start(self, flight: _Flight) -> None:
+        chunk = flight.chunk
+        chunk.before(flight.rows)
+        chunk.flying += 1
+        flight.slot = self._free.pop()
+        self._loaders.load(flight.slot, flight.location, chunk.job.checkpoint.image_size, self._replies, flight)
+
+    def _land(self, flight: _Flight, outcome: Any, current: "ChunkRun") -> None:
+        """One answer of a loader (None or Failure) or of the engine (results or Failure)."""
+        if flight.chunk is current and self._goes_on(flight, outcome):
+            run = Run(
+                current.job.checkpoint.name, current.job.task, flight.slot, current.job.checkpoint.image_size,
+                flight.texts(), current.job.options,
+            )  # fmt: skip
+            self._engine.submit(run, self._replies, flight)
+        else:
+            flight.chunk.flying -= 1
+            self._free.append(flight.slot)
+
+    def _goes_on(self, flight: _Flight, outcome: Any) -> bool:
+        """Settle rows; whether `flight.rows` are to be run (again)."""
+        if outcome is None:
+            flight.loaded = True
+            return True
+        if isinstance(outcome, Failure):
+            if flight.loaded and len(flight.rows) > 1 and outcome.code != "crashed":
+                flight.later.extend([row] for row in flight.rows)  # perhaps one row's text is at fault: find it
+            else:
+                flight.chunk.fail(flight.rows, outcome)
+        else:
+            flight.chunk.finish(flight.rows, dict(zip(flight.texts(), outcome, strict=True)))
+        if flight.later:
+            flight.rows = flight.later.popleft()
+            return True
+        return False
+
+
+class ChunkRun:
+    """The rows of a chunk on their way to records."""
+
+    def __init__(self, job: JobContext, rows: Sequence[Row | BadRow], check: Callable[[], None]) -> None:
+        """`check` is called often and raises to abandon the chunk."""
+        self.job, self.rows, self.check = job, rows, check
+        self.rows_done = 0
+        self.flying = 0
+        self.most_flying = 1 << 30  # the lane's slots are the bound
+        #: In row order; complete once `rows_done` is the number of rows.
+        self.records: list[dict[str, Any]] = [{}] * len(rows)
+        self._first = rows[0].number if rows else 0
+
+    def before(self, rows: list[Row]) -> None:
+        """Called before these rows are worked on."""
+
+    def flights(self) -> Iterable[_Flight]:
+        """The images to load. Rows that need no work are settled here."""
+        flights: dict[str, _Flight] = {}
+        for row in self.rows:
+            if isinstance(row, BadRow):
+                self._settle(row, error_row(row, self.job.task, row.code, row.message))
+                continue
+            flight = flights.get(row.image)
+            if flight is not None and len(flight.rows) < _MOST_TEXTS:
+                flight.rows.append(row)
+            elif (location := self._locate(row)) is not None:
+                if flight is not None:
+                    yield flight
+                flights[row.image] = _Flight(self, location, [row])
+        yield from flights.values()
+
+    def _locate(self, row: Row) -> Any:
+        try:
+            return self.job.locate(row.image)
+        except FetchError as error:  # the row gets the record; nothing is fetched
+            self.fail([row], Failure(error.code, str(error)))
+            return None
+
+    def fail(self, rows: Iterable[Row], failure: Failure) -> None:
+        """These rows end as error records."""
+        for row in rows:
+            self._settle(row, error_row(row, self.job.task, failure.code, failure.message))  # type: ignore[arg-type]
+
+    def finish(self, rows: Iterable[Row], results: dict[str, Result]) -> None:
+        """These rows have results, by text."""
+        task = self.job.task
+        for row in rows:
+            mine = result_record(task, [results[text] for text in row.texts], row.several)
+            if _is_json(mine):
+                self._settle(row, result_row(row, task, mine))
+            else:
+                self.fail([row], Failure("internal", "the model's result is not a finite number"))
+
+    def _settle(self, row: Row | BadRow, record: dict[str, Any]) -> None:
+        self.records[row.number - self._first] = record
+        self.rows_done += 1
+
+
+def _is_json(result: dict[str, Any]) -> bool:
+    """Whether it holds neither NaN nor infinity."""
+    try:
+        json.dumps(result, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
+class CarefulRun(ChunkRun):
+    """For a chunk whose worker died: one row at a time, so that the next death names its row."""
+
+    def __init__(
+        self,
+        job: JobContext,
+        rows: Sequence[Row | BadRow],
+        check: Callable[[], None],
+        blame: Callable[[int], None],
+        condemned: Mapping[int, str],
+    ) -> None:
+        """`blame(row number)` is called before each row; `condemned` rows fail at once, for the reason given."""
+        super().__init__(job, rows, check)
+        self.most_flying = 1
+        self._blame, self._condemned = blame, condemned
+
+    def before(self, rows: list[Row]) -> None:
+        self._blame(rows[0].number)
+
+    def flights(self) -> Iterable[_Flight]:
+        for flight in super().flights():
+            for row in flight.rows:
+                if why := self._condemned.get(row.number):
+                    self.fail([row], Failure("crashed", why))
+                else:
+                    yield _Flight(self, flight.location, [row])

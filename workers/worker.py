@@ -1,0 +1,238 @@
+"""One worker: its children, its leases, and what becomes of a hint. `app` connects it to Celery.
+
+Every hint ends in one of three ways, whatever happens on the way: it is acknowledged (`handle` returns), put back
+(`PutBack`), or refused (`Refuse`: it is none). A chunk that is neither committed nor put back is found again by the
+control loop once its lease has run out.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from queue import LifoQueue
+from typing import Any, Final
+
+from blip_engine.errors import BlipError
+from orchestrator.contract import BadRow, Hint, Row
+from orchestrator.errors import BlipBatchError, RedisUnavailable, StoreUnavailable, UsageError
+from orchestrator.ledger import Lease, Ledger
+from orchestrator.parts import describe, part_key, put_part
+from orchestrator.settings import Settings
+
+from .engine_process import EngineProcess, EngineSettings
+from .leases import Held, LeaseKeeper
+from .loader import LoaderLimits, LoaderPool, loader_count
+from .messages import Checkpoint
+from .openjob import OpenJob
+from .pipeline import CarefulRun, ChunkRun, JobContext, Lane
+from .slots import Slots
+
+_log = logging.getLogger(__name__)
+
+_CONDEMNED_AFTER: Final = 2  # deaths of workers at one row
+_BACK_OFF_SECONDS: Final = 2.0  # before a hint goes back because Redis or the store is away
+_JOBS_KEPT: Final = 16
+_POLL_SECONDS: Final = 0.25
+
+
+class PutBack(Exception):  # noqa: N818 - an outcome, not an error
+    """The hint goes back to the queue."""
+
+
+class Refuse(Exception):  # noqa: N818 - an outcome, not an error
+    """The message is no hint; it is dropped."""
+
+
+class _Abandon(Exception):  # noqa: N818 - an outcome, not an error
+    """Stop working on this chunk: the lease is lost (`put_back` False), or this worker is about to end."""
+
+    def __init__(self, why: str, put_back: bool) -> None:
+        super().__init__(why)
+        self.put_back = put_back
+
+
+class Worker:
+    """The children, lanes and leases of one worker process."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        self.name = name
+        self.faulty = threading.Event()  # this worker cannot go on; `fault` says why
+        self.fault = ""
+        self.ledger = Ledger.connect(settings)
+        self._settings = settings
+        self._slots = Slots(settings.slots)
+        limits = LoaderLimits(
+            settings.max_image_bytes, settings.max_image_pixels, settings.fetch_timeout_seconds,
+            settings.loader_timeout_seconds,
+        )  # fmt: skip
+        self.loaders = LoaderPool(loader_count(settings.loaders), self._slots, limits, self._break)
+        timeouts = (settings.engine_timeout_seconds, settings.model_timeout_seconds)
+        engine = EngineSettings(settings.engine, settings.device, settings.precision, *timeouts)
+        self.engine = EngineProcess(engine, self._slots, self._break)
+        self._lanes: LifoQueue[Lane] = LifoQueue()
+        for number in range(settings.worker_threads):
+            self._lanes.put(Lane(range(number, settings.slots, settings.worker_threads), self.loaders, self.engine))
+        self._keeper = LeaseKeeper(self.ledger, settings, name, {"slots": settings.worker_threads})
+        self._jobs: dict[tuple[str, str], OpenJob] = {}
+        self._drain_until: float | None = None
+
+    def start(self) -> None:
+        """Returns once the engine is up. Raises UsageError with one line when it, or Redis, cannot be."""
+        self.ledger.ping()
+        self.loaders.start()
+        self.engine.start()
+        while not self.engine.started.wait(_POLL_SECONDS):
+            if self.faulty.is_set():
+                raise UsageError(self.fault)
+        self._keeper.start()
+
+    def drain(self) -> None:
+        """Take no more; what is under way and fits into the grace period is finished, the rest put back."""
+        self._drain_until = time.monotonic() + self._settings.drain_seconds
+
+    def close(self) -> None:
+        """End all threads and children."""
+        if self._keeper.is_alive():
+            self._keeper.stop()
+        for children in (self.loaders, self.engine):
+            children.close()
+        self.ledger.close()
+
+    def _break(self, why: str) -> None:
+        self.fault = why
+        self.faulty.set()
+
+    def handle(self, message: object) -> None:
+        """Do what a hint says, unless it is done, busy or gone. Raises PutBack or Refuse."""
+        try:
+            hint = Hint.from_message(message)
+        except UsageError as error:  # anything may be in a queue: dropped, and nothing of it was run
+            raise Refuse(str(error)) from None
+        if self._drain_until is not None or self.faulty.is_set():
+            raise PutBack("draining")
+        asked_at = time.monotonic()
+        try:
+            lease = self.ledger.acquire(hint, self.name)
+        except RedisUnavailable as error:  # not leased (or unknown to us, and then it runs out): try later
+            time.sleep(_BACK_OFF_SECONDS)
+            raise PutBack(str(error)) from error
+        if isinstance(lease, Lease):
+            with self._keeper.holding(lease, asked_at) as held:
+                self._work(hint, held)
+
+    def _work(self, hint: Hint, held: Held) -> None:
+        lane = self._lanes.get()
+        try:
+            self._finish(hint, held, lane)
+        except _Abandon as reason:  # given back where it is still ours; a hint is only needed if nobody else sends one
+            _log.info("chunk %d of %s abandoned: %s", hint.chunk, hint.job, reason)
+            self._release(held.lease)
+            if reason.put_back:
+                raise PutBack(str(reason)) from None
+        except (StoreUnavailable, RedisUnavailable) as error:  # passes: given back uncounted, after a while
+            _log.warning("chunk %d of %s put back: %s", hint.chunk, hint.job, error)
+            time.sleep(_BACK_OFF_SECONDS)
+            self._release(held.lease)
+            raise PutBack(str(error)) from error
+        except (BlipError, BlipBatchError) as error:  # does not pass: the job ends with this line
+            self._fail_job(hint, error)
+        finally:
+            self._lanes.put(lane)
+
+    def _finish(self, hint: Hint, held: Held, lane: Lane) -> None:
+        job = self._open(hint)
+        part = describe(job.store, part_key(hint.chunk))
+        if part is None:
+            records, weights = self._compute(job, hint, held, lane)
+            if held.lost:
+                raise _Abandon("the lease ran out before the part was written", put_back=False)
+            part = put_part(job.store, hint, records, weights)
+        self.ledger.commit(held.lease, part.rows - part.failed, part.failed)
+
+    def _open(self, hint: Hint) -> OpenJob:
+        key = hint.job, hint.plan
+        if key not in self._jobs:
+            if len(self._jobs) >= _JOBS_KEPT:
+                self._jobs.clear()  # reopened cheaply
+            self._jobs[key] = OpenJob.of(self.ledger, hint, self._settings)
+        return self._jobs[key]
+
+    def _compute(self, job: OpenJob, hint: Hint, held: Held, lane: Lane) -> tuple[list[dict[str, Any]], str]:
+        """The chunk's records, and the sha256 of the weights they come from."""
+        checkpoint = self._checkpoint(job, held)
+        context = JobContext(job.spec.task, job.options, checkpoint, job.images.resolve)
+        rows = job.plan.read_rows(hint.as_chunk(), job.spec.task)
+        return lane.run(self._run_for(context, rows, held)), checkpoint.weights_sha256
+
+    def _checkpoint(self, job: OpenJob, held: Held) -> Checkpoint:
+        if job.checkpoint is not None:
+            return job.checkpoint
+        future = self.engine.load_model(job.spec.model, job.spec.task)
+        while not future.done():
+            self._check(held, 1)
+            with suppress(TimeoutError):
+                future.result(_POLL_SECONDS)
+        checkpoint = future.result()  # CheckpointError ends the job
+        job.report(self.ledger, checkpoint)
+        return checkpoint
+
+    def _run_for(self, context: JobContext, rows: list[Row | BadRow], held: Held) -> ChunkRun:
+        """The usual run; row by row when a worker died over this chunk before."""
+
+        def check() -> None:
+            held.rows_done = run.rows_done
+            self._check(held, len(rows))
+
+        def blame(row: int) -> None:
+            if not self.ledger.blame(held.lease, row):
+                raise _Abandon("the lease is lost", put_back=False)
+
+        run = (
+            ChunkRun(context, rows, check)
+            if held.lease.attempt == 1
+            else CarefulRun(context, rows, check, blame, self._condemned(rows, held.lease))
+        )
+        return run
+
+    def _condemned(self, rows: list[Row | BadRow], lease: Lease) -> Mapping[int, str]:
+        """Rows that get `crashed` without another try, each with the reason."""
+        if lease.attempt > self._settings.max_attempts:
+            why = f"workers died {lease.attempt - 1} times over this row's chunk"
+            return {row.number: why for row in rows}
+        deaths = self.ledger.suspects(lease.job, lease.chunk)
+        return {
+            row: f"{count} workers died while they worked on this row"
+            for row, count in deaths.items()
+            if count >= _CONDEMNED_AFTER
+        }
+
+    def _check(self, held: Held, rows: int) -> None:
+        if held.lost:
+            raise _Abandon("the lease is lost, or the job is not to go on", put_back=False)
+        if self.faulty.is_set():
+            raise _Abandon(self.fault, put_back=True)
+        if self._drain_until is not None and not self._fits(held, rows):
+            raise _Abandon("draining", put_back=True)
+
+    def _fits(self, held: Held, rows: int) -> bool:
+        """Whether the rest of the chunk will be done within the grace period, at the speed seen so far."""
+        now = time.monotonic()
+        if not held.rows_done:
+            return False
+        rest = (now - held.started) * (rows - held.rows_done) / held.rows_done
+        return now + rest <= (self._drain_until or now)
+
+    def _release(self, lease: Lease) -> None:
+        try:
+            self.ledger.release(lease)
+        except RedisUnavailable as error:  # it runs out by itself, and counts as an attempt
+            _log.warning("lease not released: %s", error)
+
+    def _fail_job(self, hint: Hint, error: BlipError | BlipBatchError) -> None:
+        code = "model_unusable" if isinstance(error, BlipError) else getattr(error, "code", "storage_failed")
+        _log.error("job %s failed: %s", hint.job, error)
+        try:
+            self.ledger.set_status(hint.job, "failed", error={"code": code, "message": str(error)})
+        except RedisUnavailable as unavailable:  # the lease runs out, and the next try finds the same
+            _log.warning("not told: %s", unavailable)

@@ -195,6 +195,7 @@ class JobState:
     total: int  # rows
     completed: int
     failed: int
+    restored: int = 0  # rows that were in storage already when the job began (again)
     created_at: float | None = None
     in_progress_at: float | None = None
     finalizing_at: float | None = None

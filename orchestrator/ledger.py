@@ -4,13 +4,14 @@ Everything here can be rebuilt from object storage. Each change is one Lua scrip
 and timed by Redis's own clock. Keys, for a job <id>:
 
     blip:jobs                  ZSET  job id -> created (ms)
+    blip:active                SET   ids of jobs that have not ended
     blip:outputs               HASH  output URI -> job id that writes there
     blip:control               HASH  owner, epoch, deadline (ms): the control loop in charge; each of its writes
                                      carries the epoch and is refused once another loop took over
     blip:workers               ZSET  worker id -> last seen (ms);  blip:workers:info HASH worker id -> JSON
     blip:job:<id>              HASH  spec (JSON), status, plan (hash), chunks, total (rows), next (chunk to feed),
-                                     chunks_done, completed, failed (rows), fence (last one given), error (JSON),
-                                     model (JSON), weights (sha256), <status>_at (ms)
+                                     chunks_done, completed, failed, restored (rows), fence (last one given),
+                                     error (JSON), model (JSON), weights (sha256), <status>_at (ms)
     blip:job:<id>:done         BITMAP  a bit per chunk: its part is in storage and counted
     blip:job:<id>:inflight     ZSET  chunk -> deadline (ms): handed out, leased or not; overdue ones are looked after
     blip:job:<id>:leases       HASH  chunk -> "fence deadline rows worker"; kept after its deadline, until someone
@@ -95,7 +96,7 @@ class Ledger:
                 socket_keepalive=True, health_check_interval=25,
             )  # fmt: skip
         except ValueError as error:
-            raise UsageError(f"setting BLIP_REDIS_URL={settings.redis_url!r}: {error}") from None
+            raise UsageError(f"setting BLIP_REDIS_URL: {error}") from None
         return cls(client, settings)
 
     def _run(self, script: str, *args: object) -> Any:
@@ -125,6 +126,10 @@ class Ledger:
     def jobs(self) -> list[str]:
         """Ids, in order of creation."""
         return list(self._ask(lambda: self._redis.zrange("blip:jobs", 0, -1)))
+
+    def active_jobs(self) -> list[str]:
+        """Ids of jobs that have not ended, sorted."""
+        return sorted(self._ask(lambda: self._redis.smembers("blip:active")))
 
     def spec(self, job: str) -> JobSpec | None:
         text = self._ask(lambda: self._redis.hget(_key(job), "spec"))
@@ -217,7 +222,7 @@ class Ledger:
         """Moves the next chunks in flight, to at most `most`; they are then to be published."""
         return _ints(self._fresh(self._run("feed", job, epoch, most, self._lease_ms)))
 
-    def due(self, job: str, most: int = 1000) -> list[tuple[int, bool]]:
+    def due(self, job: str, most: int = 5000) -> list[tuple[int, bool]]:
         """Overdue (chunk, was leased): a worker died at it, or its hint was lost or still waits."""
         flat = _ints(self._run("due", job, most))
         return [(chunk, bool(leased)) for chunk, leased in zip(flat[::2], flat[1::2], strict=True)]
@@ -260,7 +265,7 @@ def _state(job: str, fields: Mapping[str, str]) -> JobState:
     times = {name: int(value) / 1000 for name, value in fields.items() if name in _TIMES}
     return JobState(
         job, fields["status"], fields.get("plan"), count("chunks"), count("chunks_done"),  # type: ignore[arg-type]
-        count("total"), count("completed"), count("failed"),
+        count("total"), count("completed"), count("failed"), count("restored"),
         error=json.loads(fields.get("error") or "null"), model=json.loads(fields.get("model") or "null"), **times,
     )  # fmt: skip
 

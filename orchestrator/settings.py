@@ -20,6 +20,7 @@ class Settings(BaseSettings):
     renew_seconds: float = Field(default=15, gt=0)  # how often a worker renews; also how early it gives up by itself
     reconcile_seconds: float = Field(default=15, gt=0)  # how often lost chunks are looked for
     poll_seconds: float = Field(default=0.5, gt=0)  # pause between two steps of the control loop
+    lead_seconds: float = Field(default=10, gt=0)  # a silent control loop is replaced after this long
     max_attempts: int = Field(default=6, ge=1)  # starts of a chunk, before its unfinished rows get error records
 
     # What a manifest may point to.

@@ -9,4 +9,5 @@ end
 redis.call('HSET', job, 'spec', ARGV[2], 'status', 'validating', 'created_at', now_ms())
 redis.call('HSET', 'blip:outputs', ARGV[3], ARGV[1])
 redis.call('ZADD', 'blip:jobs', now_ms(), ARGV[1])
+redis.call('SADD', 'blip:active', ARGV[1])
 return 1

@@ -1,17 +1,24 @@
 -- job, epoch or '', new status, error JSON or '', allowed old statuses... -> 1 changed, 0 not from here, -1 stale epoch
-local job = job_key(ARGV[1])
+local job, new = job_key(ARGV[1]), ARGV[3]
 if ARGV[2] ~= '' and stale(ARGV[2]) then return -1 end
 local status = redis.call('HGET', job, 'status')
-for i = 5, #ARGV do
-  if status == ARGV[i] then
-    redis.call('HSET', job, 'status', ARGV[3], 'error', ARGV[4])
-    if ARGV[3] == 'in_progress' then
-      redis.call('HSETNX', job, 'in_progress_at', now_ms())
-    else
-      redis.call('HSET', job, ARGV[3] .. '_at', now_ms())
-    end
-    if ARGV[3] == 'validating' then redis.call('HDEL', job, 'failed_at', 'cancelled_at', 'completed_at') end
-    return 1
-  end
+local allowed = false
+for i = 5, #ARGV do allowed = allowed or status == ARGV[i] end
+if not allowed then return 0 end
+
+redis.call('HSET', job, 'status', new, 'error', ARGV[4])
+if new == 'validating' then -- it begins again
+  redis.call('HDEL', job, 'in_progress_at', 'restored', 'finalizing_at', 'failed_at', 'cancelled_at', 'completed_at')
+elseif new == 'in_progress' then
+  local rows = redis.call('HMGET', job, 'completed', 'failed')
+  redis.call('HSETNX', job, 'in_progress_at', now_ms())
+  redis.call('HSETNX', job, 'restored', rows[1] + rows[2])
+else
+  redis.call('HSET', job, new .. '_at', now_ms())
 end
-return 0
+if new == 'completed' or new == 'failed' or new == 'cancelled' then
+  redis.call('SREM', 'blip:active', ARGV[1])
+else
+  redis.call('SADD', 'blip:active', ARGV[1])
+end
+return 1

@@ -1,0 +1,131 @@
+"""`blip-batch`: the commands. Heavy imports wait inside them, so that `--help` is quick."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from blip_engine.errors import BlipError
+
+from .cli_run import register
+from .errors import BlipBatchError
+from .report import EXIT_FAILED, EXIT_INTERRUPTED, print_error, print_json, print_line
+
+if TYPE_CHECKING:
+    from .verify import Audit
+
+app = typer.Typer(
+    name="blip-batch",
+    help="Caption, question and match images with BLIP: one command, correct files.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.command()
+def plan(
+    manifest: Annotated[str, typer.Argument(help="Manifest file, folder or s3:// URI.")],
+    task: Annotated[str, typer.Option(help="caption, vqa or itm: decides which rows are bad.")] = "caption",
+    manifest_format: Annotated[
+        str | None, typer.Option("--format", help="jsonl, list or folder; detected if left out.")
+    ] = None,
+    chunk_rows: Annotated[int | None, typer.Option(help="Rows in a chunk; chosen if left out.")] = None,
+    rows_per_second: Annotated[
+        float | None, typer.Option(min=1e-6, help="Your measured speed of one worker, for the estimate.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Workers, for the estimate.")] = 1,
+    cost_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one worker, for the estimate.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Dry run: what a manifest holds, and how it would be cut into chunks. Writes nothing."""
+    from .dry_run import dry_run, estimate  # noqa: PLC0415
+
+    report = dry_run(manifest, task, manifest_format, chunk_rows)
+    if rows_per_second:
+        report["estimate"] = estimate(report["rows"], rows_per_second, workers, cost_per_hour)
+    if as_json:
+        print_json(report)
+        return
+    for name in ("manifest", "format", "rows", "bad_rows", "chunks", "chunk_rows"):
+        print_line(f"{name:<12}{report[name]}")
+    for name, value in report.get("estimate", {}).items():
+        print_line(f"{name:<12}{value}")
+    for row in report["first_rows"]:
+        print_line(f"row {row['row']:<8}{row['image']}")
+    for bad in report["first_bad_rows"]:
+        print_line(f"row {bad['row']:<8}{bad['code']}: {bad['message']}")
+
+
+@app.command()
+def verify(
+    output: Annotated[str, typer.Argument(help="A job's output: folder or s3:// URI.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Audit the parts against the plan: every row exactly once, checksums. Exit code 1 if anything is wrong."""
+    from .verify import verify as audit_output  # noqa: PLC0415
+
+    audit = audit_output(output)
+    if as_json:
+        print_json(audit.as_dict())
+    else:
+        _print_audit(audit)
+    if not audit.ok:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print_audit(audit: "Audit") -> None:
+    for problem in audit.problems:
+        print_line(problem)
+    if audit.problem_count > len(audit.problems):
+        print_line(f"… and {audit.problem_count - len(audit.problems)} more")
+    verdict = "ok: every row exactly once" if audit.ok else f"{audit.problem_count} problem(s)"
+    print_line(
+        f"{verdict}; {audit.rows_found} of {audit.rows_planned} rows in {audit.parts} of {audit.chunks} parts, "
+        f"{audit.failed} with errors"
+    )
+
+
+@app.command()
+def orchestrator(
+    redis_url: Annotated[str | None, typer.Option(help="Instead of BLIP_REDIS_URL.")] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Run the control loop: plans, feeds, reconciles and finalizes all jobs. Any number may run; one leads."""
+    from .service import serve  # noqa: PLC0415
+    from .settings import load_settings  # noqa: PLC0415
+
+    serve(load_settings(redis_url=redis_url), log_level)
+
+
+register(app)
+
+
+def main() -> None:
+    """The console script. Every expected error is one line on standard error, and the contract's exit code."""
+    sys.exit(_run(sys.argv[1:] or ["--help"]))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        code: Any = get_command(app)(arguments, prog_name="blip-batch", standalone_mode=False)
+    except (BlipBatchError, BlipError) as error:
+        print_error(str(error))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stdout = None
+    except Exception as error:
+        as_line = getattr(error, "format_message", None)  # a wrong command line; its class has no public name
+        if as_line is None:
+            raise
+        print_error(f"{as_line()} (see blip-batch --help)")
+    else:
+        return code if isinstance(code, int) else 0
+    return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    main()

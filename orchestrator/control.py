@@ -1,0 +1,288 @@
+"""The control loop: plan, feed, reconcile, finalize, for all jobs.
+
+Stateless: everything it needs is in object storage and Redis. It may be killed between any two writes, and two at
+once are harmless: one leads, and the epoch in each of its writes lets Redis refuse a loop that was replaced.
+"""
+
+import logging
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from time import monotonic
+from typing import Final
+
+from .broker import make_celery, publish
+from .contract import Hint, JobSpec, JobState
+from .errors import BlipBatchError, JobError, ManifestError, RedisUnavailable, StorageError, UsageError
+from .finalizer import finalize, present_chunks
+from .jobs import claim_output, complete_job_record
+from .ledger import Ledger, StaleEpochError
+from .parts import PartInfo, describe, part_key
+from .plan import Plan, load_plan, make_plan
+from .settings import Settings
+from .storage import open_store
+
+LEAST_IN_FLIGHT, MOST_IN_FLIGHT, PER_SLOT = 64, 4096, 4  # chunks
+MEMORY_LIMIT: Final = 0.7  # of Redis's maxmemory; nothing new is handed out above it
+GUARD_ROWS: Final = 1000  # max_error_ratio is looked at from so many rows on
+_BATCH: Final = 500  # chunks named in one call of a script
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Round:
+    """What one step works with."""
+
+    epoch: str
+    room: int  # chunks of one job that may be in flight; 0: hand out nothing
+    reconcile: bool  # look for lost chunks this time
+    lost_hints: int  # chunks in flight that are neither leased nor in the queue: so many hints may be lost
+
+
+class Controller:
+    """One control loop. `step` is one round; `run` repeats it until told to stop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.ledger = Ledger.connect(settings)
+        self.owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._celery = make_celery(settings)
+        self._specs: dict[str, JobSpec] = {}  # unfinished jobs: what brings them back to a Redis that lost everything
+        self._plans: dict[str, Plan] = {}
+        self._recorded: set[str] = set()  # jobs whose job.json has the model
+        self._slow = ThreadPoolExecutor(4, thread_name_prefix="plan-and-finalize")
+        self._running: dict[str, Future[None]] = {}
+        self._next_reconcile = 0.0
+
+    def run(self, stop: threading.Event) -> None:
+        """Steps until `stop` is set. Outages of Redis and of the store are waited out."""
+        try:
+            while not stop.is_set():
+                try:
+                    self.step()
+                except RedisUnavailable as error:  # nothing is lost: what was not confirmed is done again
+                    log.warning("waiting: %s", error)
+                    stop.wait(1)
+                stop.wait(self.settings.poll_seconds)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self._slow.shutdown(cancel_futures=True)
+        self._celery.close()
+        self.ledger.close()
+
+    def step(self) -> bool:
+        """One round over all jobs. False: another control loop leads. Raises RedisUnavailable."""
+        epoch = self.ledger.lead(self.owner, self.settings.lead_seconds)
+        if epoch is None:
+            return False
+        jobs = self._unfinished()
+        this = self._new_round(epoch, jobs)
+        try:
+            for spec, state in jobs:
+                self._guarded(spec, epoch, lambda: self._advance(spec, state, this))  # noqa: B023 -- called at once
+        except StaleEpochError:
+            return False
+        return True
+
+    def _unfinished(self) -> list[tuple[JobSpec, JobState]]:
+        """Jobs that have not ended. Those that Redis lost are created again, and rebuilt from storage like new ones."""
+        active = self.ledger.active_jobs()
+        for job in set(self._specs) - set(active):
+            if self.ledger.state(job) is None:
+                log.warning("%s: Redis lost this job; rebuilding it from storage", job)
+                self.ledger.create_job(self._specs[job])
+                active.append(job)
+            else:
+                self._forget(job)
+        found = []
+        for job in active:
+            spec, state = self.ledger.spec(job), self.ledger.state(job)
+            if spec is not None and state is not None:
+                self._specs[job] = spec
+                found.append((spec, state))
+        return found
+
+    def _forget(self, job: str) -> None:
+        self._specs.pop(job, None)
+        self._plans.pop(job, None)
+        self._recorded.discard(job)
+
+    def _new_round(self, epoch: str, jobs: Sequence[tuple[JobSpec, JobState]]) -> Round:
+        working = [spec.id for spec, state in jobs if state.status == "in_progress"]
+        this = Round(epoch, self._room(len(working)), monotonic() >= self._next_reconcile, 0)
+        if this.reconcile:
+            self._next_reconcile = monotonic() + self.settings.reconcile_seconds
+            waiting = sum(self.ledger.in_flight(job)[2] for job in working)
+            this.lost_hints = max(0, waiting - self.ledger.queue_length())
+        return this
+
+    def _room(self, jobs: int) -> int:
+        if jobs == 0 or self.ledger.memory_ratio() >= MEMORY_LIMIT:
+            return 0
+        slots = sum(int(info.get("slots", 1)) for info in self.ledger.live_workers().values())
+        return max(1, min(MOST_IN_FLIGHT, max(LEAST_IN_FLIGHT, PER_SLOT * slots)) // jobs)
+
+    def _advance(self, spec: JobSpec, state: JobState, this: Round) -> None:
+        match state.status:
+            case "validating":
+                self._in_background(spec, this.epoch, self._prepare)
+            case "in_progress":
+                self._work(spec, state, this)
+            case "finalizing":
+                self._in_background(spec, this.epoch, self._finalize)
+            case "cancelling" if self.ledger.in_flight(spec.id)[1] == 0:
+                self.ledger.set_status(spec.id, "cancelled", epoch=this.epoch)
+
+    def _work(self, spec: JobSpec, state: JobState, this: Round) -> None:
+        _guard_errors(spec, state)
+        plan = self._plan(spec, state)
+        if state.model is not None and spec.id not in self._recorded:
+            complete_job_record(plan.store, plan, state)
+            self._recorded.add(spec.id)
+        if state.chunks_done == state.chunks:
+            self.ledger.set_status(spec.id, "finalizing", epoch=this.epoch)
+            return
+        if this.reconcile:
+            self._reconcile(spec.id, plan, this)
+            plan.check_manifest()
+        if this.room:
+            self._publish(spec.id, plan, self.ledger.feed(spec.id, this.epoch, this.room))
+
+    def _plan(self, spec: JobSpec, state: JobState) -> Plan:
+        plan = self._plans.get(spec.id)
+        if plan is None or plan.hash != state.plan:
+            plan = load_plan(open_store(spec.output, self.settings), self.settings)
+            if plan is None or plan.hash != state.plan:
+                raise JobError("plan_invalid", f"{spec.output}/plan was removed or replaced; choose another output")
+            self._plans[spec.id] = plan
+        return plan
+
+    def _publish(self, job: str, plan: Plan, chunks: Sequence[int]) -> None:
+        """After the chunks were set in flight: if we die in between, they are overdue later and published then."""
+        publish(self._celery, (Hint.of(job, plan.hash, plan.chunk(chunk)) for chunk in chunks))
+
+    def _reconcile(self, job: str, plan: Plan, this: Round) -> None:
+        """Overdue chunks: counted if their part is there, else published again.
+
+        A chunk that was leased lost its worker. One that was not may still wait in a long queue: only as many of
+        those are published again as hints are missing, so that the queue never grows by it.
+        """
+        overdue = self.ledger.due(job)
+        leased = [chunk for chunk, was_leased in overdue if was_leased]
+        unleased = [chunk for chunk, was_leased in overdue if not was_leased][: this.lost_hints]
+        this.lost_hints -= len(unleased)
+        lost: list[int] = []
+        for chunk in leased + unleased:
+            part = describe(plan.store, part_key(chunk))
+            if part is None:
+                lost.append(chunk)
+            else:
+                self.ledger.mark(job, this.epoch, plan.hash, [_counts(part)])
+        if lost:
+            log.warning("%s: %d chunks lost their worker or hint; handing them out again", job, len(lost))
+            self._publish(job, plan, self.ledger.requeue(job, this.epoch, lost))
+
+    def _in_background(self, spec: JobSpec, epoch: str, task: Callable[[JobSpec, str], None]) -> None:
+        """Starts the job's slow task unless it runs: reading may take minutes, and the lead must be kept."""
+        running = self._running.get(spec.id)
+        if running is None or running.done():
+            self._running[spec.id] = self._slow.submit(self._run_slow, spec, epoch, task)
+
+    def _run_slow(self, spec: JobSpec, epoch: str, task: Callable[[JobSpec, str], None]) -> None:
+        try:
+            self._guarded(spec, epoch, lambda: task(spec, epoch))
+        except (StaleEpochError, RedisUnavailable) as error:  # the job's status is as before: begun again later
+            log.warning("%s: %s", spec.id, error)
+
+    def _guarded(self, spec: JobSpec, epoch: str, action: Callable[[], None]) -> None:
+        """Runs `action`; what it raises fails the job, unless it may pass. Raises StaleEpochError, RedisUnavailable."""
+        try:
+            action()
+        except (StaleEpochError, RedisUnavailable):
+            raise
+        except BlipBatchError as error:
+            # An outage of the store is waited out, but for a job that never began: better to say so at once.
+            if error.retryable and spec.id in self._plans:
+                log.warning("%s: waiting: %s", spec.id, error)
+                return
+            self._fail(spec.id, epoch, _error_code(error), str(error))
+        except Exception as error:  # a bug: the job stops with it, the other jobs go on
+            log.exception("%s", spec.id)
+            self._fail(spec.id, epoch, "internal", f"{type(error).__name__}: {error}")
+
+    def _fail(self, job: str, epoch: str, code: str, message: str) -> None:
+        log.error("%s failed: %s", job, message)
+        self.ledger.set_status(job, "failed", epoch=epoch, error={"code": code, "message": message})
+
+    def _prepare(self, spec: JobSpec, epoch: str) -> None:
+        """validating → in_progress: the plan, made or found, and what storage holds of the work."""
+        store = open_store(spec.output, self.settings)
+        record = claim_output(spec, store)
+        plan = make_plan(spec, store, self.settings)
+        self._plans[spec.id] = plan
+        self.ledger.reset(spec.id, epoch, plan.hash, plan.chunks, plan.rows)
+        if record.get("model"):
+            self.ledger.report_model(spec.id, record["model"])
+        parts = self._existing_parts(plan)
+        while batch := [_counts(part) for part in islice(parts, _BATCH)]:
+            self.ledger.mark(spec.id, epoch, plan.hash, batch)
+        state = self.ledger.state(spec.id)
+        if state is not None:
+            complete_job_record(store, plan, state)
+        self.ledger.set_status(spec.id, "in_progress", epoch=epoch)
+
+    @staticmethod
+    def _existing_parts(plan: Plan) -> Iterator[PartInfo]:
+        chunks = iter(sorted(present_chunks(plan)))
+        with ThreadPoolExecutor(8, thread_name_prefix="parts") as pool:
+            while window := list(islice(chunks, 256)):
+                found = pool.map(lambda chunk: describe(plan.store, part_key(chunk)), window)
+                yield from (part for part in found if part is not None)
+
+    def _finalize(self, spec: JobSpec, epoch: str) -> None:
+        """finalizing → completed or failed; back to validating when parts are missing after all."""
+        state = self.ledger.state(spec.id)
+        if state is None:
+            return
+        plan = self._plan(spec, state)
+        summary = finalize(spec, plan, state)
+        if summary is None:
+            log.warning("%s: parts are missing; handing their chunks out again", spec.id)
+            self.ledger.set_status(spec.id, "validating", epoch=epoch)
+            return
+        complete_job_record(plan.store, plan, state)
+        if summary["status"] == "failed":
+            codes = ", ".join(f"{code}: {count}" for code, count in summary["errors"].items())
+            raise JobError("all_rows_failed", f"all {plan.rows} rows failed ({codes}); see {spec.output}/errors.jsonl")
+        self.ledger.set_status(spec.id, "completed", epoch=epoch)
+
+
+def _counts(part: PartInfo) -> tuple[int, int, int]:
+    return part.chunk, part.rows - part.failed, part.failed
+
+
+def _guard_errors(spec: JobSpec, state: JobState) -> None:
+    done = state.completed + state.failed
+    if done >= GUARD_ROWS and state.failed > spec.max_error_ratio * done:
+        raise JobError(
+            "too_many_errors",
+            f"{state.failed} of the first {done} rows failed, more than max_error_ratio={spec.max_error_ratio:g}; look "
+            f"at {spec.output}/results, or raise the ratio and run again",
+        )
+
+
+def _error_code(error: BlipBatchError) -> str:
+    if isinstance(error, JobError):
+        return error.code
+    names: dict[type[BlipBatchError], str] = {
+        ManifestError: "manifest_invalid", UsageError: "spec_invalid", StorageError: "storage_failed",
+    }  # fmt: skip
+    return next((name for kind, name in names.items() if isinstance(error, kind)), "internal")

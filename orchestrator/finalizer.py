@@ -1,0 +1,109 @@
+"""The end of a job: every part verified against the plan, failures gathered, the summary written."""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from .contract import JobSpec, JobState, to_line
+from .parts import PREFIX, CheckedPart, PartInfo, as_manifest_row, check, chunk_of, count_codes, part_key
+from .plan import Plan
+
+ERRORS_KEY: Final = "errors.jsonl"
+SUMMARY_KEY: Final = "summary.json"
+_READERS: Final = 8
+
+
+@dataclass
+class Totals:
+    """What all parts together hold."""
+
+    parts: list[PartInfo] = field(default_factory=list)
+    codes: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    failed: int = 0
+
+    def add(self, part: CheckedPart) -> None:
+        self.parts.append(part.info)
+        self.codes.update(count_codes(part.failures))
+        self.rows += part.info.rows
+        self.failed += part.info.failed
+
+
+def present_chunks(plan: Plan) -> set[int]:
+    """The chunks that have a part, by listing."""
+    found = (chunk_of(info.key) for info in plan.store.list(PREFIX))
+    return {chunk for chunk in found if chunk is not None and chunk < plan.chunks}
+
+
+def checked_parts(plan: Plan) -> Iterator[CheckedPart]:
+    """Every part, read and checked, in order; a bounded number of them in memory. Raises PartError and StorageError."""
+    chunks = plan.all_chunks()
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="parts") as pool:
+        while window := list(islice(chunks, 4 * _READERS)):
+            yield from pool.map(lambda chunk: check(plan.store, chunk), window)
+
+
+def finalize(spec: JobSpec, plan: Plan, state: JobState) -> dict[str, Any] | None:
+    """Writes errors.jsonl and summary.json and returns the summary; None when chunks have no part yet.
+
+    May be killed at any point and run again, or twice at once: what is written follows from the parts.
+    Raises PartError and StorageError.
+    """
+    if len(present_chunks(plan)) < plan.chunks:
+        return None
+    totals = Totals()
+    with tempfile.NamedTemporaryFile(prefix="blip-errors-") as errors:
+        for part in checked_parts(plan):
+            totals.add(part)
+            errors.writelines(to_line(as_manifest_row(failure)) for failure in part.failures)
+        errors.flush()
+        if totals.failed:
+            plan.store.put_file(ERRORS_KEY, Path(errors.name))
+    return _write_summary(plan, _summary(spec, totals, state))
+
+
+def read_summary(plan: Plan) -> dict[str, Any]:
+    """The summary of a complete job. Raises ObjectNotFound when there is none."""
+    summary: dict[str, Any] = json.loads(plan.store.get(SUMMARY_KEY))
+    return summary
+
+
+def _write_summary(plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
+    """Writes the summary and returns the one that counts: an older one stays as long as it is of the same parts."""
+    text = json.dumps(summary, indent=2).encode() + b"\n"
+    if not plan.store.put_new(SUMMARY_KEY, text):
+        older = read_summary(plan)
+        if older.get("parts") == summary["parts"]:
+            return older
+        plan.store.put(SUMMARY_KEY, text)
+    return summary
+
+
+def _summary(spec: JobSpec, totals: Totals, state: JobState) -> dict[str, Any]:
+    started, finished = state.in_progress_at or state.created_at or 0.0, state.finalizing_at or 0.0
+    seconds = max(0.0, finished - started)
+    worked = totals.rows - state.restored  # rows of parts that were there before do not make us faster
+    return {
+        "id": spec.id,
+        "task": spec.task,
+        "model": state.model or {"source": spec.model},
+        "status": "failed" if totals.failed == totals.rows else "completed",
+        "request_counts": {
+            "total": totals.rows, "completed": totals.rows - totals.failed, "failed": totals.failed,
+        },
+        "errors": dict(totals.codes.most_common()),
+        "started_at": started,
+        "finished_at": finished,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(worked / seconds, 3) if seconds else None,
+        "parts": [
+            {"key": part_key(part.chunk), "rows": part.rows, "failed": part.failed, "sha256": part.sha256}
+            for part in totals.parts
+        ],
+    }  # fmt: skip

@@ -1,0 +1,173 @@
+"""Jobs: what a user asked for, checked, and the output that belongs to it."""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from blip_engine.errors import OptionError
+from blip_engine.requests import DEFAULT_MODELS, TASKS, options_for
+
+from .contract import FORMATS, JobSpec, JobState
+from .errors import JobError, ObjectNotFound, UsageError
+from .ledger import Ledger
+from .plan import Plan
+from .settings import Settings
+from .storage import Store, is_s3, open_store, split_s3
+
+JOB_KEY: Final = "job.json"
+_MODEL: Final = re.compile(r"demo|[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
+
+
+def make_spec(
+    manifest: str,
+    task: str,
+    output: str,
+    *,
+    model: str | None = None,
+    manifest_format: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    chunk_rows: int | None = None,
+    max_error_ratio: float = 0.5,
+) -> JobSpec:
+    """A whole spec, with its id; the same work on the same output always has the same id.
+
+    Raises UsageError for anything that can be known to be wrong without reading the manifest or loading the model.
+    """
+    if task not in TASKS:
+        raise UsageError(f"unknown task {task!r}; the tasks are: {', '.join(TASKS)}")
+    if manifest_format is not None and manifest_format not in FORMATS:
+        raise UsageError(f"unknown manifest format {manifest_format!r}; the formats are: {', '.join(FORMATS)}")
+    try:
+        options_for(task, options)
+        draft = JobSpec(
+            id="draft", task=task, model=_model(model or DEFAULT_MODELS[task]), manifest=manifest_uri(manifest),
+            manifest_format=manifest_format, output=_output(output),
+            options=dict(options or {}), chunk_rows=chunk_rows, max_error_ratio=max_error_ratio, created_at=time.time(),
+        )  # fmt: skip
+    except OptionError as error:
+        raise UsageError(str(error)) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{first['loc'][0]}={first['input']!r}: {first['msg']}") from None
+    text = json.dumps(draft.identity(), sort_keys=True)
+    return draft.model_copy(update={"id": "job-" + hashlib.sha256(text.encode()).hexdigest()[:20]})
+
+
+def manifest_uri(manifest: str) -> str:
+    """An s3:// URI as it is, a path made absolute, a folder with / at its end. Raises UsageError."""
+    if is_s3(manifest):
+        split_s3(manifest)
+        return manifest
+    path = _local(manifest, "manifest")
+    if not path.exists():
+        raise UsageError(f"manifest {manifest} does not exist")
+    return str(path) + ("/" if path.is_dir() else "")
+
+
+def _output(output: str) -> str:
+    if is_s3(output):
+        split_s3(output)
+        return output.rstrip("/")
+    path = _local(output, "output")
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"output {output} is a file; name a folder or s3:// prefix")
+    return str(path)
+
+
+def _local(text: str, what: str) -> Path:
+    if "://" in text:
+        raise UsageError(f"{what} {text}: only s3:// URIs and local paths can be used")
+    if not text or "\0" in text:
+        raise UsageError(f"{what} {text!r} is not a path")
+    return Path(text).expanduser().absolute()
+
+
+def _model(model: str) -> str:
+    """A local directory as an absolute path; a name that can only be a hub repository as it is."""
+    if Path(model).expanduser().is_dir() and model != "demo":
+        return str(Path(model).expanduser().absolute())
+    if not _MODEL.fullmatch(model):
+        raise UsageError(
+            f"model {model!r}: neither an existing directory nor a hub repository (owner/name, @revision to pin it) "
+            "nor `demo`"
+        )
+    return model
+
+
+def submit(ledger: Ledger, spec: JobSpec, settings: Settings) -> str:
+    """Starts the job, or goes on with it where it is; returns its id.
+
+    A job that ended as failed or cancelled, or is paused, goes on from its finished parts.
+    Raises UsageError when the output belongs to other work.
+    """
+    check_owner(spec, open_store(spec.output, settings))
+    if not ledger.create_job(spec):
+        ledger.update_spec(spec)
+        state = ledger.state(spec.id)
+        if state is not None and state.status in {"failed", "cancelled", "paused"}:
+            ledger.set_status(spec.id, "validating")
+    return spec.id
+
+
+def read_job(store: Store) -> dict[str, Any] | None:
+    """The output's job.json; None when there is none."""
+    try:
+        record = json.loads(store.get(JOB_KEY))
+    except ObjectNotFound:
+        return None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("spec"), dict):
+        raise UsageError(f"{store.uri(JOB_KEY)} is no job of ours; choose another output")
+    return record
+
+
+def check_owner(spec: JobSpec, store: Store) -> dict[str, Any] | None:
+    """The output's job.json. Raises UsageError when it tells of other work than `spec`."""
+    record = read_job(store)
+    if record is None:
+        return None
+    old, new = record["spec"], spec.identity()
+    for name, value in new.items():
+        if old.get(name) != value:
+            raise UsageError(
+                f"{store.root} holds a job with {name}={old.get(name)!r}, not {value!r}; choose another output, or "
+                f"repeat the first command to go on with it"
+            )
+    return record
+
+
+def claim_output(spec: JobSpec, store: Store) -> dict[str, Any]:
+    """Makes the output the job's: probes the store, and writes job.json unless it is there. Returns job.json.
+
+    Raises StorageError, or JobError (`output_taken`) when another job was first.
+    """
+    store.check_conditional_put()
+    record = {"spec": spec.model_dump(), "version": version("blip-batch"), "plan": None, "model": None}
+    store.put_new(JOB_KEY, _as_json(record))
+    try:
+        return check_owner(spec, store) or record
+    except UsageError as error:
+        raise JobError("output_taken", str(error)) from None
+
+
+def complete_job_record(store: Store, plan: Plan, state: JobState) -> None:
+    """Adds to job.json what is known only later: the manifest's version, and the model that workers loaded."""
+    record = read_job(store)
+    if record is None:
+        return
+    manifest = {"uri": plan.source, "etag": plan.etag, "format": plan.format, "rows": plan.rows}
+    full = {**record, "plan": plan.hash, "manifest": manifest, "model": state.model or record.get("model")}
+    if full != record:
+        store.put(JOB_KEY, _as_json(full))
+
+
+def _as_json(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, indent=2, ensure_ascii=True).encode() + b"\n"

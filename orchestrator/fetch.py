@@ -80,6 +80,7 @@ _CODES: Final = {
     errno.ENOENT: "image_not_found",
     errno.ENOTDIR: "image_not_found",
     errno.ENAMETOOLONG: "image_not_found",
+    errno.EISDIR: "image_unreadable",
     errno.EACCES: "access_denied",
     errno.EPERM: "access_denied",
 }
@@ -87,9 +88,8 @@ _CODES: Final = {
 
 def _read_file(path: str, max_bytes: int) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not make us wait
-        with os.fdopen(descriptor, "rb") as file:
-            info = os.fstat(descriptor)
+        with open(path, "rb", opener=_open_at_once) as file:  # noqa: PTH123 -- Path.open takes no opener
+            info = os.fstat(file.fileno())
             if not stat.S_ISREG(info.st_mode):
                 raise FetchError("image_unreadable", f"{path} is not a file")
             if info.st_size > max_bytes:
@@ -97,6 +97,10 @@ def _read_file(path: str, max_bytes: int) -> bytes:
             return file.read(max_bytes)
     except OSError as error:
         raise FetchError(_CODES.get(error.errno or 0, "fetch_failed"), f"{path}: {error.strerror}") from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe must not make us wait
 
 
 def _short(text: str) -> str:

@@ -1,0 +1,228 @@
+"""What crosses processes, what a row may point to, and what a user can get wrong."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.contract import HINT_BYTES, BadRow, Hint, Row, error_row, result_row, to_line
+from orchestrator.errors import FetchError, UsageError
+from orchestrator.fetch import ImagePolicy, fetch
+from orchestrator.jobs import make_spec
+from orchestrator.parts import PartError, check, chunk_of, describe, part_key, put_part
+from orchestrator.settings import load_settings
+from orchestrator.storage import open_store
+
+HINT = Hint("job-1", 2, "p" * 32, 100, 200, 20, 3)
+
+
+@given(
+    chunk=st.integers(0, 2**31), start=st.integers(0, 2**50), size=st.integers(1, 2**31), rows=st.integers(1, 512),
+    first=st.integers(0, 2**40),
+)  # fmt: skip
+def test_hints_round_trip_and_stay_small(chunk: int, start: int, size: int, rows: int, first: int) -> None:
+    hint = Hint("job-" + "a" * 20, chunk, "b" * 32, start, start + max(size, rows), first, rows)
+    text = json.dumps(hint.to_message())
+    assert len(text) < HINT_BYTES
+    assert Hint.from_message(json.loads(text)) == hint
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=2)
+)
+
+
+@given(change=st.dictionaries(st.sampled_from([*HINT.to_message(), "extra"]), json_values, min_size=1, max_size=3))
+def test_odd_messages_are_refused_and_never_crash(change: dict[str, object]) -> None:
+    message = {**HINT.to_message(), **change}
+    try:
+        hint = Hint.from_message(message)
+    except UsageError:
+        return
+    assert hint.to_message() == message
+    assert hint.rows >= 1
+
+
+@pytest.mark.parametrize("message", [None, [], "x", 7, {}, {**HINT.to_message(), "rows": True}])
+def test_what_is_no_hint(message: object) -> None:
+    with pytest.raises(UsageError, match="not a hint"):
+        Hint.from_message(message)
+
+
+def test_records_have_the_published_fields() -> None:
+    row = Row(17, "a.jpg", "x", ("",), False, {"k": 1})
+    assert result_row(row, "caption", {"caption": "a dog"}) == {
+        "row": 17, "id": "x", "image": "a.jpg", "task": "caption", "result": {"caption": "a dog"}, "error": None,
+        "input": {"k": 1},
+    }  # fmt: skip
+    bad = BadRow(3, "row_invalid", "not JSON", None, None, {"line": "x"})
+    assert error_row(bad, "vqa", bad.code, bad.message)["error"] == {"code": "row_invalid", "message": "not JSON"}
+
+
+@given(value=st.text())
+def test_any_text_can_be_written_as_a_line(value: str) -> None:
+    written = to_line({"text": value})
+    assert written.count(b"\n") == 1
+    assert json.loads(written.decode())["text"] == value
+
+
+def test_what_is_not_json_is_never_written() -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        to_line({"score": float("nan")})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "data/sub").mkdir(parents=True)
+    (tmp_path / "data/a.jpg").write_bytes(b"image")
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    (tmp_path / "data/link.jpg").symlink_to(tmp_path / "secret.jpg")
+    return tmp_path / "data"
+
+
+def policy(folder: Path, *allowed: str) -> ImagePolicy:
+    return ImagePolicy.of(str(folder / "m.jsonl"), False, load_settings(allowed_buckets=",".join(allowed)))
+
+
+def refused(policy: ImagePolicy, image: str) -> str:
+    with pytest.raises(FetchError) as caught:
+        policy.resolve(image)
+    assert "\n" not in str(caught.value)
+    return caught.value.code
+
+
+def test_files_below_the_manifest_and_nothing_else(folder: Path) -> None:
+    local = policy(folder)
+    assert local.resolve("a.jpg") == str(folder / "a.jpg")
+    assert local.resolve("sub/../a.jpg") == str(folder / "a.jpg")
+    assert local.resolve(str(folder / "a.jpg")) == str(folder / "a.jpg")
+    for image in ("../secret.jpg", "/etc/passwd", "link.jpg", "sub/../../secret.jpg", "."):
+        assert refused(local, image) == "uri_not_allowed"
+    for image in ("file:///etc/passwd", "ftp://x/y", "data:image/png;base64,xx", "a\0b"):
+        assert refused(local, image) == "unsupported_uri"
+    for image in ("http://169.254.169.254/latest", "https://example.com/a.jpg"):
+        assert refused(local, image) == "uri_not_allowed"
+
+
+def test_allowed_buckets(folder: Path) -> None:
+    assert refused(policy(folder), "s3://photos/a.jpg") == "uri_not_allowed"
+    assert policy(folder, "photos").resolve("s3://photos/a.jpg") == "s3://photos/a.jpg"
+    assert policy(folder, "*").resolve("s3://any/a.jpg")
+    some = policy(folder, "photos/2024/", "other")
+    assert some.resolve("s3://photos/2024/a.jpg")
+    assert some.resolve("s3://other/x")
+    assert refused(some, "s3://photos/2023/a.jpg") == "uri_not_allowed"
+    assert refused(some, "s3://photos-2024/a.jpg") == "uri_not_allowed"
+    remote = ImagePolicy.of("s3://mine/in/m.jsonl", False, load_settings())
+    assert remote.resolve("s3://mine/elsewhere/a.jpg")
+    assert refused(remote, "s3://foreign/a.jpg") == "uri_not_allowed"
+    assert refused(remote, "a.jpg") == "unsupported_uri"
+    assert refused(remote, "/etc/passwd") == "unsupported_uri"
+    assert refused(remote, "s3://mine") == "unsupported_uri"
+    assert refused(remote, "s3://") == "unsupported_uri"
+
+
+def test_local_files_that_are_no_images_to_read(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "closed.jpg").write_bytes(b"x")
+    assert fetch(str(folder / "a.jpg"), 5, 1) == b"image"
+    cases = {"none.jpg": "image_not_found", "sub": "image_unreadable", "pipe.jpg": "image_unreadable",
+             "x" * 300: "image_not_found", "a.jpg/b": "image_not_found"}  # fmt: skip
+    for name, code in cases.items():
+        with pytest.raises(FetchError) as caught:
+            fetch(str(folder / name), 100, 1)
+        assert caught.value.code == code
+    with pytest.raises(FetchError) as caught:
+        fetch(str(folder / "a.jpg"), 4, 1)
+    assert caught.value.code == "image_too_large"
+
+
+def test_parts_are_checked_against_their_chunk(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    rows = [Row(number, f"{number}.jpg", None, ("",), False, {}) for number in range(20, 23)]
+    records = [result_row(row, "caption", {"caption": "x"}) for row in rows]
+    with pytest.raises(PartError, match="its records are not its rows"):
+        put_part(store, HINT, records[:2], "w")
+    records[1] = error_row(rows[1], "caption", "crashed", "died")
+    info = put_part(store, HINT, records, "w")
+    assert (info.rows, info.failed) == (3, 1)
+    assert put_part(store, HINT, [result_row(row, "caption", {"caption": "y"}) for row in rows], "w") == info
+    assert describe(store, part_key(2)) == info
+    assert check(store, HINT.as_chunk()).failures == [records[1]]
+    good = (tmp_path / part_key(2)).read_bytes()
+    for content, says in (
+        (good[:-5], "cut off"),
+        (good[: good.index(b"\n") + 1], "1 rows instead of 3"),
+        (good + good, "row 20 where row 23"),
+        (good.replace(b'"row": 21', b'"row": 22'), "row 22 where row 21"),
+        (good.replace(b"crashed", b"bored"), "unknown error code"),
+        (good.replace(b'"error": null', b'"error": {"code": "internal"}', 1), "neither result nor error, or both"),
+        (b"{]\n" + good, "line 1: not a JSON object"),
+    ):
+        (tmp_path / part_key(2)).write_bytes(content)
+        with pytest.raises(PartError, match=says):
+            check(store, HINT.as_chunk())
+
+
+def test_part_names() -> None:
+    assert part_key(42) == "results/part-00000042.jsonl"
+    assert chunk_of(part_key(123_456_789)) == 123_456_789
+    for key in (
+        "results/part-42.jsonl",
+        "results/part-0000004x.jsonl",
+        "results/other",
+        "results/part-00000042.jsonl.gz",
+    ):
+        assert chunk_of(key) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"task": "embroider"}, "unknown task 'embroider'"),
+        ({"manifest_format": "xml"}, "unknown manifest format 'xml'"),
+        ({"manifest": "/nonexistent/m.jsonl"}, "does not exist"),
+        ({"manifest": "http://x/m.jsonl"}, "only s3://"),
+        ({"manifest": "s3://"}, "names no bucket"),
+        ({"manifest": ""}, "is not a path"),
+        ({"output": "gs://x"}, "only s3://"),
+        ({"output": "/etc/passwd"}, "is a file"),
+        ({"model": "no such model"}, "neither an existing directory"),
+        ({"model": "/nonexistent/model"}, "neither an existing directory"),
+        ({"options": {"beams": 3}}, "no option 'beams'"),
+        ({"options": {"num_beams": "3"}}, "whole number"),
+        ({"chunk_rows": 0}, "chunk_rows"),
+        ({"max_error_ratio": 2.0}, "max_error_ratio"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(tmp_path: Path, change: dict[str, object], says: str) -> None:
+    (tmp_path / "m.jsonl").write_text("{}\n")
+    good = {"manifest": str(tmp_path / "m.jsonl"), "task": "caption", "output": str(tmp_path / "out"), "model": "demo"}
+    with pytest.raises(UsageError, match=says) as caught:
+        make_spec(**{**good, **change})  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_the_same_work_has_the_same_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    first = make_spec("m.jsonl", "caption", "out")
+    assert first.model == "Salesforce/blip-image-captioning-base"
+    assert first.manifest == str(tmp_path / "m.jsonl")
+    assert make_spec(str(tmp_path / "m.jsonl"), "caption", str(tmp_path / "out"), max_error_ratio=0.9).id == first.id
+    assert make_spec("m.jsonl", "caption", "out2").id != first.id
+    assert make_spec("m.jsonl", "caption", "out", options={"num_beams": 1}).id != first.id
+    assert make_spec("s3://b/p/", "caption", "s3://b/out/").output == "s3://b/out"
+
+
+def test_settings_come_from_the_environment_and_mistakes_name_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIP_ALLOWED_BUCKETS", "s3://a, b/c/,")
+    monkeypatch.setenv("BLIP_LEASE_SECONDS", "7")
+    loaded = load_settings(redis_url="redis://h:1/0", device=None)
+    assert (loaded.allowed_buckets, loaded.lease_seconds, loaded.redis_url) == (("a", "b/c/"), 7, "redis://h:1/0")
+    monkeypatch.setenv("BLIP_LEASE_SECONDS", "soon")
+    with pytest.raises(UsageError, match="BLIP_LEASE_SECONDS='soon'"):
+        load_settings()

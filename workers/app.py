@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 def make_app(settings: Settings, worker: Worker) -> Celery:
     """The Celery application whose only task hands its message to `worker`."""
     app = make_celery(settings)
+    app.conf.update(worker_hijack_root_logger=False, worker_redirect_stdouts=False)  # logging is `__main__`'s
 
     @app.task(name=TASK_NAME, bind=True, typing=False)  # type: ignore[untyped-decorator]
     def process_chunk(_task: Any, *args: object, **options: object) -> None:

@@ -5,6 +5,7 @@ receiving, timing out, killing and respawning of a group of children happens in 
 """
 
 import ctypes
+import logging
 import os
 import selectors
 import signal
@@ -18,6 +19,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Any, Final
+
+_log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -65,14 +68,16 @@ def _run(parent: int, target: Callable[..., None], pipe: Connection, args: tuple
         target(pipe, *args)
 
 
-class Supervisor(threading.Thread):
-    """A thread that owns children. Subclasses override `_open`, `_readable` and `_tick`; other threads use `_call`."""
+class Supervisor:
+    """A thread that owns children. Subclasses fill in `_open`, `_readable`, `_tick`, `_shut`; others use `_call`."""
 
     #: Seconds between two `_tick`s when nothing happens.
     TICK: Final = 0.25
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name=name, daemon=True)
+    def __init__(self, name: str, broken: Callable[[str], None]) -> None:
+        """`broken` is called (from the thread) with one line when these children can work no more."""
+        self._broken = broken
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._selector = selectors.DefaultSelector()
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -81,15 +86,19 @@ class Supervisor(threading.Thread):
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
         self._closing = False
 
+    def start(self) -> None:
+        """Start the thread, which spawns the children."""
+        self._thread.start()
+
     def close(self) -> None:
         """Stop the thread and kill its children. Answers that are still due never come."""
         self._closing = True
         self._wake()
-        if self.is_alive() and threading.current_thread() is not self:
-            self.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
-    def run(self) -> None:
-        """The thread: children are spawned here too, because Linux ties "die with parent" to the spawning thread."""
+    def _main(self) -> None:
+        # Children are spawned here too, because Linux ties "die with parent" to the spawning thread.
         try:
             self._open()
             next_tick = 0.0
@@ -98,6 +107,9 @@ class Supervisor(threading.Thread):
                 if (now := time.monotonic()) >= next_tick:
                     self._tick(now)
                     next_tick = now + self.TICK
+        except Exception as error:
+            _log.exception("%s", self._thread.name)
+            self._broken(f"the thread of the {self._thread.name} failed: {error!r}")
         finally:
             self._shut()
             self._selector.close()

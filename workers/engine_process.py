@@ -72,9 +72,8 @@ class EngineProcess(Supervisor):
     """One engine process behind one thread, which alone touches the state below."""
 
     def __init__(self, settings: EngineSettings, slots: Slots, broken: Callable[[str], None]) -> None:
-        """`broken` is called (from this thread) with one line when the engine cannot be started."""
-        super().__init__("engine")
-        self._settings, self._slots, self._broken = settings, slots, broken
+        super().__init__("engine", broken)
+        self._settings, self._slots = settings, slots
         self._child: Child | None = None
         self._ready = False
         self._deaths_at_start = 0

@@ -35,14 +35,14 @@ class Held:
         return self.refused or time.monotonic() > self.deadline - self.renew_seconds
 
 
-class LeaseKeeper(threading.Thread):
+class LeaseKeeper:
     """Renews every held lease about once a second, with its row count, until `stop`."""
 
     def __init__(self, ledger: Ledger, settings: Settings, worker: str, info: Mapping[str, Any]) -> None:
-        super().__init__(name="lease-keeper", daemon=True)
+        self._thread = threading.Thread(target=self._main, name="leases", daemon=True)
         self._ledger, self._settings, self._worker, self._info = ledger, settings, worker, info
         self._held: dict[int, Held] = {}
-        self._stop = threading.Event()
+        self._stopping = threading.Event()
 
     @contextmanager
     def holding(self, lease: Lease, asked_at: float) -> Iterator[Held]:
@@ -54,11 +54,15 @@ class LeaseKeeper(threading.Thread):
         finally:
             del self._held[id(held)]
 
-    def run(self) -> None:
-        """Never dies of a Redis that is away: leases then run out by themselves, and their chunks are abandoned."""
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def _main(self) -> None:
+        # Outlasts a Redis that is away: leases then run out by themselves, and their chunks are abandoned.
         pause = min(_REPORT_SECONDS, self._settings.renew_seconds)
         seen = -_PRESENCE_SECONDS
-        while not self._stop.is_set():
+        while not self._stopping.is_set():
             try:
                 if time.monotonic() - seen >= _PRESENCE_SECONDS:
                     seen = time.monotonic()
@@ -69,7 +73,7 @@ class LeaseKeeper(threading.Thread):
                 _log.warning("leases not renewed: %s", error)
             except Exception:  # a bug must not silently stop the renewals
                 _log.exception("leases not renewed")
-            self._stop.wait(pause)
+            self._stopping.wait(pause)
 
     def _renew(self, held: Held) -> None:
         before = time.monotonic()
@@ -82,5 +86,6 @@ class LeaseKeeper(threading.Thread):
 
     def stop(self) -> None:
         """Ends the thread; leases still held run out."""
-        self._stop.set()
-        self.join()
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()

@@ -65,9 +65,8 @@ class LoaderPool(Supervisor):
     """`count` loader processes behind one thread."""
 
     def __init__(self, count: int, slots: Slots, limits: LoaderLimits, broken: Callable[[str], None]) -> None:
-        """`broken` is called (from the pool's thread) with one line when no loader can start."""
-        super().__init__("loaders")
-        self._count, self._slots, self._limits, self._broken = count, slots, limits, broken
+        super().__init__("loaders", broken)
+        self._count, self._slots, self._limits = count, slots, limits
         self._loaders: list[_Loader] = []
         self._backlog: deque[_Item] = deque()
         self._deaths_at_start = 0

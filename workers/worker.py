@@ -93,8 +93,7 @@ class Worker:
 
     def close(self) -> None:
         """End all threads and children."""
-        if self._keeper.is_alive():
-            self._keeper.stop()
+        self._keeper.stop()
         for children in (self.loaders, self.engine):
             children.close()
         self.ledger.close()

@@ -1,0 +1,253 @@
+"""`blip-batch run`, `demo` and `worker`. Everything heavy is imported when a command runs: `--help` is instant."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from .contract import JobSpec, JobState
+
+EXIT_ERRORS: Final = 3  # finished, with row errors
+EXIT_INTERRUPTED: Final = 130  # Ctrl-C; the same command goes on
+DEMO_TASKS: Final = ("caption", "vqa", "itm")
+_SHOWN: Final = 5  # rows of each task in the demo's table
+
+Workers = Annotated[int, typer.Option(min=1, max=64, help="Worker processes on this machine; each holds the model.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [BLIP_DEVICE].")]
+Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16 [BLIP_PRECISION].")]
+Redis = Annotated[str | None, typer.Option(help="A redis-server program to use [BLIP_REDIS_BINARY].")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to `blip-batch`."""
+    app.command()(run)
+    app.command()(demo)
+    app.command()(worker)
+
+
+def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
+    manifest: Annotated[str, typer.Argument(help="JSON Lines, a list of images, or a folder; a path or s3:// URI.")],
+    task: Annotated[str, typer.Option(help="caption, vqa or itm.")],
+    output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the results.")],
+    model: Annotated[str | None, typer.Option(help="Hub repository[@revision], directory, or demo.")] = None,
+    workers: Workers = 1,
+    option: Annotated[list[str] | None, typer.Option(help="An option of the task, name=value; repeatable.")] = None,
+    manifest_format: Annotated[str | None, typer.Option("--format", help="jsonl, list or folder.")] = None,
+    chunk_rows: Annotated[int | None, typer.Option(min=1, max=10_000, help="Rows in each part.")] = None,
+    max_error_ratio: Annotated[float, typer.Option(min=0, max=1, help="Stop above it, after 1,000 rows.")] = 0.5,
+    device: Device = None,
+    precision: Precision = None,
+    redis: Redis = None,
+) -> None:
+    """Do a whole job on this machine. The same command again goes on where it stopped."""
+    from .jobs import make_spec  # noqa: PLC0415
+
+    spec = make_spec(
+        manifest, task, output, model=model, manifest_format=manifest_format, options=_options(option or []),
+        chunk_rows=chunk_rows, max_error_ratio=max_error_ratio,
+    )  # fmt: skip
+    (summary,) = _run_jobs([spec], workers, redis, device=device, precision=precision)
+    _print_summary(spec, summary)
+    raise typer.Exit(_exit_code([summary]))
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the drawings and the results.")] = Path("blip-batch-demo"),
+    count: Annotated[int, typer.Option(min=1, max=100_000, help="Drawings; each task has a row for each.")] = 500,
+    workers: Workers = 1,
+    device: Device = None,
+    precision: Precision = None,
+    redis: Redis = None,
+) -> None:
+    """Draw pictures, caption them, ask about them and match them, and say how often the model was right."""
+    from .jobs import make_spec  # noqa: PLC0415
+
+    drawings = output / f"drawings-{count}"
+    _draw(drawings, count)
+    specs = [
+        make_spec(str(drawings / f"{task}.jsonl"), task, str(output / f"{task}-{count}"), model="demo")
+        for task in DEMO_TASKS
+    ]
+    summaries = _run_jobs(specs, workers, redis, device=device, precision=precision)
+    _print_demo(specs, summaries)
+    raise typer.Exit(_exit_code(summaries))
+
+
+def worker() -> None:
+    """Work for the cluster at BLIP_REDIS_URL until SIGTERM; settings are BLIP_* variables."""
+    os.execv(sys.executable, [sys.executable, "-m", "workers"])  # noqa: S606 - the worker imports us, never we it
+
+
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    """`name=value` as a mapping; values are JSON where they can be, else text. Raises UsageError."""
+    options: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise UsageError(f"--option {text}: write name=value")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:  # a word
+            options[name] = value
+    return options
+
+
+def _run_jobs(
+    specs: "Sequence[JobSpec]", workers: int, redis: str | None, **settings: str | None
+) -> list[dict[str, Any]]:
+    """The jobs' summaries, computed now or found. Raises BlipBatchError when one of them failed."""
+    from .embedded import Embedded, finished_summary  # noqa: PLC0415
+    from .errors import JobError  # noqa: PLC0415
+    from .settings import load_settings  # noqa: PLC0415
+
+    loaded = load_settings(drain_seconds=os.environ.get("BLIP_DRAIN_SECONDS") or 5.0, **settings)
+    found = {spec.id: summary for spec in specs if (summary := finished_summary(spec, loaded)) is not None}
+    missing = [spec for spec in specs if spec.id not in found]
+    for spec in specs:
+        if spec.id in found:
+            typer.echo(f"{spec.output} is complete already; nothing to do", err=True)
+    if missing:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as tidily as on Ctrl-C
+        try:
+            with Embedded(loaded, workers, redis) as system, _progress() as bars:
+                states = system.run(missing, _Bars(bars, missing).update)
+        except KeyboardInterrupt:
+            typer.echo("Stopped. The same command goes on from here.", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        for spec, state in zip(missing, states, strict=True):
+            summary = finished_summary(spec, loaded)
+            if summary is None:
+                error = state.error or {"code": state.status, "message": f"the job is {state.status}"}
+                raise JobError(error["code"], error["message"])
+            found[spec.id] = summary
+    return [found[spec.id] for spec in specs]
+
+
+def _progress() -> "Progress":
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    return Progress(
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:>12}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )
+
+
+class _Bars:
+    """One line for each job: rows done of all, rows/s, time left, errors."""
+
+    def __init__(self, progress: "Progress", specs: "Sequence[JobSpec]") -> None:
+        self._progress = progress
+        self._lines = [progress.add_task(spec.task, total=None, speed="", note="starting") for spec in specs]
+
+    def update(self, states: "list[JobState]", done: list[int]) -> None:
+        for line, state, rows in zip(self._lines, states, done, strict=True):
+            task = self._progress.tasks[line]
+            speed = task.finished_speed or task.speed
+            self._progress.update(
+                line, total=state.total or None, completed=rows, speed=f"{speed:.1f} rows/s" if speed else "",
+                note=f"{state.failed} errors" if state.failed else _NOTES.get(state.status, ""),
+            )  # fmt: skip
+
+
+_NOTES: Final = {"validating": "planning", "finalizing": "verifying"}
+
+
+def _exit_code(summaries: Sequence[dict[str, Any]]) -> int:
+    if any(summary["status"] == "failed" for summary in summaries):
+        return 1
+    return EXIT_ERRORS if any(summary["request_counts"]["failed"] for summary in summaries) else 0
+
+
+def _print_summary(spec: "JobSpec", summary: dict[str, Any]) -> None:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    counts, speed = summary["request_counts"], summary["images_per_second"]
+    table = Table(title=f"{spec.task}: {summary['status']}", show_header=False, title_justify="left")
+    table.add_column(justify="left", style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("rows", f"{counts['total']:,}")
+    table.add_row("with results", f"{counts['completed']:,}")
+    table.add_row("failed", f"{counts['failed']:,}")
+    for code, number in summary["errors"].items():
+        table.add_row(f"  {code}", f"{number:,}")
+    table.add_row("rows/s", f"{speed:,.1f}" if speed else "-")
+    table.add_row("results", f"{spec.output}/results/")
+    if counts["failed"]:
+        table.add_row("failed rows", f"{spec.output}/errors.jsonl")
+    Console().print(table)
+
+
+def _draw(folder: Path, count: int) -> None:
+    """Writes the held-out drawings and their manifests, in a process of its own: drawing needs Pillow."""
+    if all((folder / f"{task}.jsonl").exists() for task in DEMO_TASKS):
+        return  # written last, and always the same
+    command = [sys.executable, "-m", "blip_engine.shapes.drawings", str(folder), "--count", str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        hint = "; install blip-batch[worker]" if "No module named" in why else ""
+        raise UsageError(f"cannot draw: {why}{hint}")
+
+
+def _print_demo(specs: "Sequence[JobSpec]", summaries: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(title="Held-out drawings, the bundled checkpoints")
+    for column in ("task", "image", "asked", "expected", "result", ""):
+        table.add_column(column, overflow="fold")
+    lines = []
+    for spec, summary in zip(specs, summaries, strict=True):
+        right = total = 0
+        for record in _records(Path(spec.output), summary):
+            expected, said, agrees = _judged(record)
+            right, total = right + agrees, total + 1
+            if total <= _SHOWN:
+                asked = record["input"].get("question") or record["input"].get("text") or ""
+                table.add_row(spec.task, record["image"], asked, expected, said, "✓" if agrees else "✗")
+        table.add_section()
+        speed = summary["images_per_second"]
+        rate = f", {speed:.0f} rows/s" if speed else ""
+        lines.append(f"{spec.task:8} {right / total:7.2%} right of {total:,}{rate}   {spec.output}/results/")
+    console = Console()
+    console.print(table)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _records(output: Path, summary: dict[str, Any]) -> "list[dict[str, Any]]":
+    return [
+        json.loads(line)
+        for part in summary["parts"]
+        for line in (output / part["key"]).read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def _judged(record: dict[str, Any]) -> tuple[str, str, bool]:
+    """What was expected, what came, and whether they agree."""
+    expected, result = record["input"]["expected"], record["result"]
+    if result is None:
+        return str(expected), f"error: {record['error']['code']}", False
+    if record["task"] == "itm":
+        match = result["match"]
+        return ("match" if expected else "no match"), f"match {match:.3f}", (match >= 0.5) == expected
+    said = result["caption" if record["task"] == "caption" else "answer"]
+    return str(expected), said, said == expected

@@ -88,7 +88,7 @@ _CODES: Final = {
 
 def _read_file(path: str, max_bytes: int) -> bytes:
     try:
-        with open(path, "rb", opener=_open_at_once) as file:  # noqa: PTH123 -- Path.open takes no opener
+        with open(path, "rb", opener=_open_at_once) as file:
             info = os.fstat(file.fileno())
             if not stat.S_ISREG(info.st_mode):
                 raise FetchError("image_unreadable", f"{path} is not a file")

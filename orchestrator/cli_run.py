@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from .errors import UsageError
+from .report import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROW_ERRORS, exit_code
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from .contract import JobSpec, JobState
 
-EXIT_ERRORS: Final = 3  # finished, with row errors
-EXIT_INTERRUPTED: Final = 130  # Ctrl-C; the same command goes on
 DEMO_TASKS: Final = ("caption", "vqa", "itm")
 _SHOWN: Final = 5  # rows of each task in the demo's table
 
@@ -170,9 +169,8 @@ _NOTES: Final = {"validating": "planning", "finalizing": "verifying"}
 
 
 def _exit_code(summaries: Sequence[dict[str, Any]]) -> int:
-    if any(summary["status"] == "failed" for summary in summaries):
-        return 1
-    return EXIT_ERRORS if any(summary["request_counts"]["failed"] for summary in summaries) else 0
+    codes = {exit_code(summary["status"], summary["request_counts"]["failed"]) for summary in summaries}
+    return next((code for code in (EXIT_FAILED, EXIT_ROW_ERRORS) if code in codes), EXIT_OK)
 
 
 def _print_summary(spec: "JobSpec", summary: dict[str, Any]) -> None:

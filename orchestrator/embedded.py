@@ -5,6 +5,7 @@ are. Redis and the workers are processes, tied to this one by the kernel (Linux)
 """
 
 import importlib.util
+import logging
 import os
 import re
 import secrets
@@ -31,6 +32,8 @@ from .ledger import Ledger
 from .plan import load_plan
 from .settings import Settings, load_settings
 from .storage import open_store
+
+_our_log = logging.getLogger(__package__)
 
 POLL_SECONDS: Final = 0.2
 _REDIS_START_SECONDS: Final = 10.0
@@ -117,6 +120,7 @@ class Embedded:
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
+        self._log_to(self.folder / "control.log")
         self.settings = self._base.model_copy(update={"redis_url": self._redis.url})
         self.ledger = Ledger.connect(self.settings)
         self._control = threading.Thread(target=self._control_loop, name="control", daemon=True)
@@ -141,8 +145,16 @@ class Embedded:
             self._control.join(5)
             self.ledger.close()
             self._redis.close()
+            _our_log.removeHandler(self._handler)
+            self._handler.close()
             if not self._keep_logs:
                 shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _log_to(self, path: Path) -> None:
+        """The control loop's log goes to a file: the terminal is the progress bar's."""
+        self._handler = logging.FileHandler(path)
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        _our_log.addHandler(self._handler)
 
     def _control_loop(self) -> None:
         Controller(self.settings).run(self._stop)

@@ -1,7 +1,8 @@
 """Loader processes: they fetch, decode and resize images into shared-memory slots.
 
-One item in a child's hands and one queued behind it. A child that crashes or hangs is killed and replaced, and that
-costs exactly the image in its hands. This module is what a loader process imports: neither torch nor celery.
+One item in a child's hands and one queued behind it. A child that crashes or hangs is killed and replaced; that costs
+exactly the image in its hands: at once if it hung, and at the second crash, for the first may be another's doing (the
+kernel's, when memory runs out). This module is what a loader process imports: neither torch nor celery.
 """
 
 import logging
@@ -22,6 +23,7 @@ from .slots import DECODING, FETCHING, Slots
 _log = logging.getLogger(__name__)
 
 QUEUED: Final = 2  # items sent to a child: the one in its hands and the next
+_CRASHES: Final = 2  # until the image is to blame
 _DEATHS_AT_START: Final = 5  # in a row: the loaders cannot work at all
 
 
@@ -42,6 +44,7 @@ class _Item:
     size: tuple[int, int]
     replies: "SimpleQueue[tuple[Any, Any]]"
     token: object
+    crashes: int = 0  # of loaders that had it in their hands
 
     def settle(self, outcome: Failure | None) -> None:
         self.replies.put((self.token, outcome))
@@ -145,7 +148,9 @@ class LoaderPool(Supervisor):
         ending = loader.child.end(0.2 if code == "crashed" else 0.0)
         _log.warning("loader %s replaced (%s): %s", "at work" if loader.items else "idle", ending, message)
         if loader.items:
-            loader.items.popleft().settle(Failure(code, f"{message} ({ending})"))
+            loader.items[0].crashes += 1
+            if code != "crashed" or loader.items[0].crashes >= _CRASHES:
+                loader.items.popleft().settle(Failure(code, f"{message} ({ending})"))
         self._backlog.extendleft(reversed(loader.items))
         self._deaths_at_start += not loader.ready
         self.restarts += 1

@@ -6,10 +6,11 @@ from typing import Any, Final
 
 from celery import Celery
 from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from .contract import Hint
 from .errors import RedisUnavailable
-from .ledger import QUEUE
+from .ledger import QUEUE as QUEUE  # noqa: PLC0414 -- workers take it from here
 from .settings import Settings
 
 TASK_NAME: Final = "blip.process_chunk"
@@ -53,7 +54,7 @@ def publish(app: Celery, hints: Iterable[Hint]) -> int:
             for hint in hints:
                 app.send_task(TASK_NAME, args=[hint.to_message()], queue=QUEUE, producer=producer, retry=False)
                 sent += 1
-    except OperationalError as error:
+    except (OperationalError, RedisError, OSError) as error:  # kombu wraps only some of them
         raise RedisUnavailable(f"the queue: {' '.join(str(error).split())}; check BLIP_REDIS_URL") from error
     finally:
         logging.getLogger(__name__).debug("published %d hints", sent)

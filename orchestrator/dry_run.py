@@ -24,7 +24,7 @@ def dry_run(manifest: str, task: str, manifest_format: str | None, chunk_rows: i
     if manifest_format is not None and manifest_format not in FORMATS:
         raise UsageError(f"unknown manifest format {manifest_format!r}; the formats are: {', '.join(FORMATS)}")
     uri, settings = manifest_uri(manifest), load_settings()
-    if is_folder(uri):
+    if is_folder(uri, manifest_format):
         with staged_listing(uri, settings) as (path, _):
             draft = draft_plan(str(path), "jsonl", chunk_rows, settings)
             return _report(uri, "folder", draft, task)

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -66,9 +66,9 @@ def manifest_uri(manifest: str) -> str:
         split_s3(manifest)
         return manifest
     path = _local(manifest, "manifest")
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 -- unlike Path's, it never raises
         raise UsageError(f"manifest {manifest} does not exist")
-    return str(path) + ("/" if path.is_dir() else "")
+    return path + "/" if os.path.isdir(path) else path  # noqa: PTH112
 
 
 def _output(output: str) -> str:
@@ -76,23 +76,24 @@ def _output(output: str) -> str:
         split_s3(output)
         return output.rstrip("/")
     path = _local(output, "output")
-    if path.exists() and not path.is_dir():
+    if os.path.isfile(path):  # noqa: PTH113
         raise UsageError(f"output {output} is a file; name a folder or s3:// prefix")
-    return str(path)
+    return path
 
 
-def _local(text: str, what: str) -> Path:
+def _local(text: str, what: str) -> str:
     if "://" in text:
         raise UsageError(f"{what} {text}: only s3:// URIs and local paths can be used")
     if not text or "\0" in text:
         raise UsageError(f"{what} {text!r} is not a path")
-    return Path(text).expanduser().absolute()
+    return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111
 
 
 def _model(model: str) -> str:
     """A local directory as an absolute path; a name that can only be a hub repository as it is."""
-    if Path(model).expanduser().is_dir() and model != "demo":
-        return str(Path(model).expanduser().absolute())
+    folder = os.path.abspath(os.path.expanduser(model))  # noqa: PTH100, PTH111
+    if os.path.isdir(folder) and model != "demo":  # noqa: PTH112
+        return folder
     if not _MODEL.fullmatch(model):
         raise UsageError(
             f"model {model!r}: neither an existing directory nor a hub repository (owner/name, @revision to pin it) "

@@ -29,7 +29,9 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import redis
+from redis.backoff import ExponentialWithJitterBackoff  # type: ignore[attr-defined,unused-ignore]
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from .contract import Hint, JobSpec, JobState, Progress, Status
 from .errors import JobError, RedisUnavailable, UsageError
@@ -94,6 +96,7 @@ class Ledger:
             client = redis.Redis.from_url(
                 settings.redis_url, decode_responses=True, socket_timeout=10, socket_connect_timeout=5,
                 socket_keepalive=True, health_check_interval=25,
+                retry=Retry(ExponentialWithJitterBackoff(cap=1.0, base=0.1), 3),
             )  # fmt: skip
         except ValueError as error:
             raise UsageError(f"setting BLIP_REDIS_URL: {error}") from None

@@ -6,6 +6,7 @@ Memory does not grow with the manifest: it is read in blocks, and only chunk bou
 
 import hashlib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -40,9 +41,9 @@ _UNSUPPORTED: Final = (".csv", ".tsv", ".parquet", ".orc", ".gz", ".zst", ".xml"
 _WAY_OUT: Final = "give JSON Lines, a list of one image a line, or a folder or prefix that ends with /"
 
 
-def is_folder(uri: str) -> bool:
-    """Whether the manifest is a folder or prefix of images, told by its name alone (and, locally, by what it is)."""
-    return uri.endswith("/") or (not is_s3(uri) and Path(uri).is_dir())
+def is_folder(uri: str, given: str | None) -> bool:
+    """Whether the manifest is a folder or prefix of images: as given, by its name, or, locally, by what it is."""
+    return given == "folder" or uri.endswith("/") or (not is_s3(uri) and os.path.isdir(uri))  # noqa: PTH112
 
 
 def detect(uri: str, head: bytes, given: ManifestFormat | None) -> ManifestFormat:
@@ -88,7 +89,8 @@ def open_manifest(
     try:
         info = store.head(key)
         if info is None:
-            raise ManifestError(f"{uri} does not exist")
+            prefix = "; end it with / if it is a prefix of images" if is_s3(uri) else ""
+            raise ManifestError(f"{uri} does not exist{prefix}")
         head = store.get(key, 0, min(info.size, 65_536), etag=info.etag)
     except StorageError as error:
         if error.retryable:

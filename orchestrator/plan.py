@@ -111,7 +111,7 @@ def make_plan(spec: JobSpec, store: Store, settings: Settings) -> Plan:
     found = load_plan(store, settings)
     if found is not None:
         return found
-    if is_folder(spec.manifest) or spec.manifest_format == "folder":
+    if is_folder(spec.manifest, spec.manifest_format):
         with staged_listing(spec.manifest, settings) as (path, digest):
             key = f"plan/rows-{digest[:32]}.jsonl"
             if store.head(key) is None:

@@ -85,7 +85,7 @@ class S3Store(Store):
         self.prefix = prefix + "/" if prefix else ""
         self.root = f"s3://{bucket}/{prefix}".rstrip("/")
         self._settings = settings
-        self._client = s3_client(min(60.0, settings.storage_retry_seconds))
+        self._client = s3_client(max(0.5, settings.storage_retry_seconds / 3))  # so that three tries fit
 
     def _where(self, key: str) -> dict[str, Any]:
         return {"Bucket": self.bucket, "Key": self.prefix + key}

@@ -123,7 +123,7 @@ class LocalStore(Store):
 
     def put_new(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> bool:  # noqa: ARG002
         path = self._path(key)
-        if path.exists():
+        if os.path.lexists(path):
             return False
         with _errors_of(path), _temporary(path, data) as temporary:
             try:

@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from faulty_proxy import FaultyProxy
 from mini_worker import MiniWorker
 from servers import RedisServer, S3Server
 
+from orchestrator.broker import QUEUE, make_celery, publish
 from orchestrator.contract import Hint, JobSpec, JobState
 from orchestrator.control import Controller
-from orchestrator.errors import UsageError
+from orchestrator.errors import RedisUnavailable, StoreUnavailable, UsageError
 from orchestrator.jobs import make_spec, submit
 from orchestrator.ledger import StaleEpochError
+from orchestrator.s3 import s3_client
 from orchestrator.settings import Settings, load_settings
 from orchestrator.storage import open_store
 from orchestrator.verify import verify
@@ -404,6 +407,93 @@ def test_kill_9_of_the_control_loop_before_each_of_its_writes(
     assert (state.status, state.completed, state.failed) == ("completed", 899, 1)
     assert rows_of(tmp_path / "out") == list(range(900))
     assert verify(str(tmp_path / "out")).ok
+
+
+def test_the_store_is_down_for_a_while(
+    s3_server: S3Server, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_store("s3://blip/in").put("list.txt", b"".join(b"s3://blip/%d.jpg\n" % n for n in range(60)))
+    proxy = FaultyProxy(s3_server.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+    s3_client.cache_clear()
+    settings = load_settings(**{**FAST, "storage_retry_seconds": 0.5})
+    controller, worker = Controller(settings), MiniWorker(settings)
+    try:
+        job = submit(controller.ledger, caption_spec("s3://blip/in/list.txt", "s3://blip/out"), settings)
+        advance(controller, job, lambda state: state.chunks_done == 2, worker)
+        lost = worker.take()
+        assert lost is not None
+        assert not isinstance(worker.start(lost), str)
+        proxy.always = 503
+        with pytest.raises(StoreUnavailable):
+            worker.finish(lost)
+        deadline = time.monotonic() + 3  # longer than the lease: the control loop has to look for the part
+        while time.monotonic() < deadline:
+            controller.step()
+        state = controller.ledger.state(job)
+        assert state is not None
+        assert (state.status, state.chunks_done) == ("in_progress", 2)
+        proxy.always = "pass"
+        state = advance(controller, job, ended, worker)
+        assert (state.status, state.completed) == ("completed", 60)
+        assert rows_of("s3://blip/out") == list(range(60))
+    finally:
+        controller.close()
+        proxy.close()
+
+
+def test_a_prefix_on_s3(s3_server: S3Server, settings: Settings, controller: Controller) -> None:
+    for key in ("photos/b.jpg", "photos/a/1.PNG", "photos/readme.md", "other/c.jpg"):
+        open_store("s3://blip").put(key, b"x")
+    job = submit(controller.ledger, caption_spec("s3://blip/photos/", "s3://blip/out"), settings)
+    assert advance(controller, job, ended, MiniWorker(settings)).status == "completed"
+    text = open_store("s3://blip/out").get("results/part-00000000.jsonl")
+    assert [json.loads(line)["image"] for line in text.splitlines()] == [
+        "s3://blip/photos/a/1.PNG", "s3://blip/photos/b.jpg",
+    ]  # fmt: skip
+
+
+def test_a_cancelled_job_ends_when_its_workers_let_go(
+    settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    spec = caption_spec(write_manifest(tmp_path, 100), tmp_path / "out")
+    job, worker = submit(controller.ledger, spec, settings), MiniWorker(settings)
+    advance(controller, job, lambda state: state.chunks_done == 3, worker)
+    hint = worker.take()
+    assert hint is not None
+    lease = worker.start(hint)
+    assert not isinstance(lease, str)
+    assert controller.ledger.set_status(job, "cancelling")
+    controller.step()
+    assert controller.ledger.state(job).status == "cancelling"  # type: ignore[union-attr]
+    assert not controller.ledger.renew(lease, 1)
+    worker.finish(hint)  # what is finished is kept
+    state = advance(controller, job, ended)
+    assert (state.status, state.completed) == ("cancelled", 40)
+    # The same command again goes on from there.
+    assert submit(controller.ledger, spec, settings) == job
+    assert advance(controller, job, ended, worker).status == "completed"
+    assert rows_of(tmp_path / "out") == list(range(100))
+
+
+def test_hints_are_small_json_on_the_queue_and_an_outage_is_one_error(
+    redis_server: RedisServer, settings: Settings
+) -> None:
+    app, hint = make_celery(settings), Hint("job-" + "a" * 20, 1, "b" * 32, 0, 900, 0, 9)
+    assert publish(app, [hint, hint]) == 2
+    client = redis_server.client()
+    (message, _) = client.lrange(QUEUE, 0, -1)
+    client.close()
+    assert len(message) < 2048
+    assert json.loads(message)["content-type"] == "application/json"
+    assert MiniWorker(settings).take() == hint
+    redis_server.kill()
+    with pytest.raises(RedisUnavailable, match="BLIP_REDIS_URL"):
+        publish(app, [hint])
+    redis_server.start()
+    assert publish(app, [hint]) == 1
+    assert MiniWorker(settings).take() == hint
+    app.close()
 
 
 def test_a_manifest_overwritten_in_mid_job_fails_clearly(

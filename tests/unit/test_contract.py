@@ -188,6 +188,8 @@ def test_part_names() -> None:
         ({"manifest": "http://x/m.jsonl"}, "only s3://"),
         ({"manifest": "s3://"}, "names no bucket"),
         ({"manifest": ""}, "is not a path"),
+        ({"manifest": "x" * 5000}, "does not exist"),
+        ({"model": "x" * 5000}, "neither an existing directory"),
         ({"output": "gs://x"}, "only s3://"),
         ({"output": "/etc/passwd"}, "is a file"),
         ({"model": "no such model"}, "neither an existing directory"),

@@ -1,0 +1,153 @@
+"""Images to normalised pixels: Pillow and NumPy, bit-equal with transformers' `BlipImageProcessorPil`.
+
+This class keeps transformers' habits (no EXIF rotation, alpha dropped). What the workers use, `images.decode_image`,
+treats photographs as a labelling user expects.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from .checkpoint import find_checkpoint
+from .errors import CheckpointError, InputError
+from .features import BatchFeature, as_features
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+ImageInput: TypeAlias = Image.Image | np.ndarray[Any, Any] | Tensor
+
+
+@dataclass
+class BlipImageProcessor:
+    """Resize (squash, no crop), rescale, normalise. Every field can be overridden in a call."""
+
+    do_resize: bool = True
+    size: Any = field(default_factory=lambda: {"height": 384, "width": 384})  # or one int for both, pixels
+    resample: int = int(Image.Resampling.BICUBIC)
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: Sequence[float] = CLIP_MEAN
+    image_std: Sequence[float] = CLIP_STD
+    do_convert_rgb: bool = True
+
+    def __post_init__(self) -> None:
+        self.size = _as_size(self.size)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "BlipImageProcessor":
+        """From `preprocessor_config.json`; keys of other processors (`do_pad`, `size_divisor`) are passed over."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known and value is not None})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None
+    ) -> "BlipImageProcessor":
+        """From a directory or a hub repository. Raises CheckpointError."""
+        return cls.from_directory(find_checkpoint(pretrained_model_name_or_path, revision).directory)
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "BlipImageProcessor":
+        """From `preprocessor_config.json` in `directory`. Raises CheckpointError."""
+        path = directory / PREPROCESSOR_FILE
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise CheckpointError(f"{directory} holds no {PREPROCESSOR_FILE}") from None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is no preprocessor configuration: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for `preprocessor_config.json`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"image_processor_type": "BlipImageProcessor", **values}
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `preprocessor_config.json`."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PREPROCESSOR_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def __call__(
+        self, images: ImageInput | Sequence[ImageInput], *, return_tensors: str | None = None, **overrides: Any
+    ) -> BatchFeature:
+        """`preprocess`."""
+        return self.preprocess(images, return_tensors=return_tensors, **overrides)
+
+    def preprocess(
+        self, images: ImageInput | Sequence[ImageInput], *, return_tensors: str | None = None, **overrides: Any
+    ) -> BatchFeature:
+        """Images with values 0 to 255 to `pixel_values` (B, 3, height, width) float32.
+
+        An image is a Pillow image, or an array or tensor (H, W, C), (C, H, W) or (H, W). Raises InputError for anything
+        else, and TypeError for an argument that is not a field.
+        """
+        settings = replace(self, **overrides) if overrides else self
+        batch = images if isinstance(images, Sequence) else [images]
+        pixels = [settings._prepare(image) for image in batch]
+        return as_features({"pixel_values": pixels}, return_tensors)
+
+    def _prepare(self, image: ImageInput) -> "np.ndarray[Any, Any]":
+        array = _channels_last(image, self.do_convert_rgb)
+        if self.do_resize:
+            array = _resize(array, (self.size["width"], self.size["height"]), self.resample)
+        array = np.moveaxis(array, -1, 0)
+        if self.do_rescale:
+            # In double precision first: a float32 product differs from transformers' in the last bit.
+            array = (array.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        if self.do_normalize:
+            mean = np.asarray(self.image_mean, dtype=array.dtype)[:, None, None]
+            array = (array - mean) / np.asarray(self.image_std, dtype=array.dtype)[:, None, None]
+        return array
+
+
+#: transformers has a second, Pillow-only class under this name; ours is Pillow-only already.
+BlipImageProcessorPil = BlipImageProcessor
+
+
+def _as_size(size: Any) -> dict[str, int]:
+    if isinstance(size, int):
+        return {"height": size, "width": size}
+    if isinstance(size, Mapping) and {"height", "width"} <= set(size):
+        return {"height": int(size["height"]), "width": int(size["width"])}
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        return _as_size(int(size["shortest_edge"]))  # how the first BLIP files said "both sides"
+    raise ValueError(f"size must be a number or have height and width, not {size!r}")
+
+
+def _channels_last(image: ImageInput, convert: bool) -> "np.ndarray[Any, Any]":
+    if isinstance(image, Image.Image):
+        array = np.array(image.convert("RGB") if convert else image)
+    elif isinstance(image, Tensor):
+        array = image.numpy(force=True)
+    elif isinstance(image, np.ndarray):
+        array = image
+    else:
+        raise InputError(f"an image must be a Pillow image, an array or a tensor, not {type(image).__name__}")
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3:
+        raise InputError(f"an image must have 2 or 3 dimensions, not the shape {array.shape}")
+    if array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.shape[-1] == 4:
+        array = array[..., :3]
+    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
+
+
+def _resize(array: "np.ndarray[Any, Any]", size: tuple[int, int], resample: int) -> "np.ndarray[Any, Any]":
+    if array.dtype == np.uint8:
+        return np.asarray(Image.fromarray(array).resize(size, resample))
+    scaled = bool(np.issubdtype(array.dtype, np.floating) and array.max() <= 1.0 and array.min() >= 0.0)
+    whole = np.rint(array * 255 if scaled else array).clip(0, 255).astype(np.uint8)
+    resized = np.asarray(Image.fromarray(whole).resize(size, resample))
+    return resized / np.float32(255) if scaled else resized

@@ -1,0 +1,70 @@
+"""Images and texts to a model's inputs in one call."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import find_checkpoint
+from .features import BatchFeature
+from .image_processor import BlipImageProcessor, ImageInput
+from .tokenizer import BertTokenizer
+
+
+class BlipProcessor:
+    """An image processor and a tokenizer behind one call."""
+
+    def __init__(self, image_processor: BlipImageProcessor, tokenizer: BertTokenizer) -> None:
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None
+    ) -> "BlipProcessor":
+        """From a directory or a hub repository. Raises CheckpointError."""
+        return cls.from_directory(find_checkpoint(pretrained_model_name_or_path, revision).directory)
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "BlipProcessor":
+        """From the files in `directory`. Raises CheckpointError."""
+        return cls(BlipImageProcessor.from_directory(directory), BertTokenizer.from_directory(directory))
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the files of both parts."""
+        self.image_processor.save_pretrained(save_directory)
+        self.tokenizer.save_pretrained(save_directory)
+
+    def __call__(
+        self,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        **image_options: Any,
+    ) -> BatchFeature:
+        """`pixel_values` of `images`, `input_ids` and `attention_mask` of `text`; see the two parts for the arguments.
+
+        Raises ValueError when there is neither an image nor a text.
+        """
+        if images is None and text is None:
+            raise ValueError("You have to specify either images or text")
+        features = BatchFeature()
+        if images is not None:
+            features.update(self.image_processor(images, return_tensors=return_tensors, **image_options))
+        if text is not None:
+            features.update(
+                self.tokenizer(
+                    text, padding=padding, truncation=truncation, max_length=max_length, return_tensors=return_tensors
+                )
+            )
+        return features
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
+        """`tokenizer.decode`."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens)
+
+    def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
+        """`tokenizer.batch_decode`."""
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens)

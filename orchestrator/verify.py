@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from .errors import ObjectNotFound, StorageError, UsageError
 from .finalizer import SUMMARY_KEY, Totals, present_chunks
-from .parts import PREFIX, PartError, check, chunk_of, describe, part_key
+from .parts import PREFIX, PartError, PartInfo, check, chunk_of, part_key
 from .plan import Plan, load_plan
 from .settings import Settings, load_settings
 from .storage import open_store
@@ -69,14 +69,22 @@ def _audit_parts(plan: Plan, audit: Audit) -> Totals:
             continue
         try:
             part = check(plan.store, chunk)
-            known = describe(plan.store, part_key(chunk.id))
         except (PartError, ObjectNotFound) as error:
             audit.report(str(error))
             continue
-        if known is not None and known != part.info:
-            audit.report(f"{part_key(chunk.id)}: its metadata says {known}, its content {part.info}")
+        _audit_metadata(plan, part.info, audit)
         totals.add(part)
     return totals
+
+
+def _audit_metadata(plan: Plan, part: PartInfo, audit: Audit) -> None:
+    """Where the store keeps metadata (S3): what the part's writer said of it must be what it is."""
+    head = plan.store.head(part_key(part.chunk))
+    known = head.metadata if head else {}
+    actual = {"rows": str(part.rows), "failed": str(part.failed), "sha256": part.sha256, "plan": plan.hash}
+    for name, value in actual.items():
+        if known.get(name, value) != value:
+            audit.report(f"{part_key(part.chunk)}: its {name} is {value}, its metadata says {known[name]}")
 
 
 def _audit_summary(plan: Plan, totals: Totals, audit: Audit) -> None:

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from servers import MotoServer, RcloneServer, RedisServer, S3Server
 
+from orchestrator.control import Controller
 from orchestrator.s3 import s3_client
+from orchestrator.settings import Settings, load_settings
+
+#: Settings with which a lost chunk is found within seconds.
+FAST = {
+    "lease_seconds": 1.0, "renew_seconds": 0.3, "reconcile_seconds": 0.1, "poll_seconds": 0.02, "lead_seconds": 1.0,
+    "storage_retry_seconds": 2.0,
+}  # fmt: skip
 
 S3_VARIABLES = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION",
@@ -88,3 +96,17 @@ def rclone_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rclon
 
 def _forget_clients() -> None:
     s3_client.cache_clear()
+
+
+@pytest.fixture
+def settings(redis_server: RedisServer) -> Settings:
+    """Settings of an empty Redis, with short times."""
+    return load_settings(**FAST)
+
+
+@pytest.fixture
+def controller(settings: Settings) -> Iterator[Controller]:
+    """A control loop, to be stepped."""
+    controller = Controller(settings)
+    yield controller
+    controller.close()

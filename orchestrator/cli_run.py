@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from .errors import UsageError
-from .report import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROW_ERRORS, exit_code
+from .report import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROW_ERRORS, exit_code, print_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -179,18 +179,17 @@ def _print_summary(spec: "JobSpec", summary: dict[str, Any]) -> None:
 
     counts, speed = summary["request_counts"], summary["images_per_second"]
     table = Table(title=f"{spec.task}: {summary['status']}", show_header=False, title_justify="left")
-    table.add_column(justify="left", style="bold")
-    table.add_column(overflow="fold")
     table.add_row("rows", f"{counts['total']:,}")
     table.add_row("with results", f"{counts['completed']:,}")
     table.add_row("failed", f"{counts['failed']:,}")
     for code, number in summary["errors"].items():
         table.add_row(f"  {code}", f"{number:,}")
     table.add_row("rows/s", f"{speed:,.1f}" if speed else "-")
-    table.add_row("results", f"{spec.output}/results/")
+    console = Console()
+    console.print(table)
+    print_line(f"results      {spec.output}/results/")  # outside of the table, which would fold them
     if counts["failed"]:
-        table.add_row("failed rows", f"{spec.output}/errors.jsonl")
-    Console().print(table)
+        print_line(f"failed rows  {spec.output}/errors.jsonl")
 
 
 def _draw(folder: Path, count: int) -> None:
@@ -225,10 +224,9 @@ def _print_demo(specs: "Sequence[JobSpec]", summaries: Sequence[dict[str, Any]])
         speed = summary["images_per_second"]
         rate = f", {speed:.0f} rows/s" if speed else ""
         lines.append(f"{spec.task:8} {right / total:7.2%} right of {total:,}{rate}   {spec.output}/results/")
-    console = Console()
-    console.print(table)
+    Console().print(table)
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        print_line(line)
 
 
 def _records(output: Path, summary: dict[str, Any]) -> "list[dict[str, Any]]":

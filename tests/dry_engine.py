@@ -62,10 +62,12 @@ class Engine:
         orders = " ".join(text for request, _ in batch for text in request.texts)
         if "order:die" in orders:
             os.kill(os.getpid(), signal.SIGKILL)
+        if "order:kill the worker" in orders:
+            os.kill(os.getppid(), signal.SIGKILL)
         if "order:hang" in orders:
             time.sleep(3600)
         if "order:slow" in orders:
-            time.sleep(0.05 * len(batch))
+            time.sleep(0.02 * len(batch))
         for request, future in batch:
             if "order:raise" in orders:
                 future.set_exception(RuntimeError("a kernel failed"))

@@ -15,6 +15,8 @@ def main() -> int:
     if parent := os.environ.pop("BLIP_PARENT_PID", None):  # embedded: never outlive the command
         die_with_parent(int(parent))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("celery.app.trace", "celery.worker.strategy"):  # lines per message, and a traceback per put back one
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from .app import run_worker  # noqa: PLC0415 - an absent package becomes one clear line
 

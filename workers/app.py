@@ -70,7 +70,7 @@ def _consume(app: Celery, settings: Settings, name: str) -> None:
     # Threads: they answer pings while busy, and leave CUDA to one child. The rest is chatter we have no use for.
     celery_worker = app.Worker(
         pool="threads", concurrency=settings.worker_threads, without_gossip=True, without_mingle=True,
-        hostname=f"blip@{name}", queues=[QUEUE], loglevel="INFO",
+        hostname=f"blip@{name}", queues=[QUEUE], loglevel="INFO", quiet=True,
     )  # fmt: skip
     celery_worker.start()
 

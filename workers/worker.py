@@ -148,6 +148,8 @@ class Worker:
                 raise _Abandon("the lease ran out before the part was written", put_back=False)
             part = put_part(job.store, hint, records, weights)
         self.ledger.commit(held.lease, part.rows - part.failed, part.failed)
+        seconds = time.monotonic() - held.started
+        _log.info("chunk %d of %s: %d rows, %d failed, %.1f s", hint.chunk, hint.job, part.rows, part.failed, seconds)
 
     def _open(self, hint: Hint) -> OpenJob:
         key = hint.job, hint.plan
@@ -216,11 +218,11 @@ class Worker:
 
     def _fits(self, held: Held, rows: int) -> bool:
         """Whether the rest of the chunk will be done within the grace period, at the speed seen so far."""
-        now = time.monotonic()
-        if not held.rows_done:
-            return False
-        rest = (now - held.started) * (rows - held.rows_done) / held.rows_done
-        return now + rest <= (self._drain_until or now)
+        now, until = time.monotonic(), self._drain_until or 0.0
+        if now <= until - self._settings.drain_seconds * 0.8:  # the speed is better known in a moment
+            return True
+        rest = (now - held.started) * (rows - held.rows_done) / max(1, held.rows_done)
+        return now + rest <= until
 
     def _release(self, lease: Lease) -> None:
         try:

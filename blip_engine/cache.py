@@ -1,6 +1,11 @@
 """Keys and values that a decoder keeps between steps."""
 
+from typing import TypeAlias
+
 from torch import Tensor
+
+#: cross-attention keys and values per layer, (images, heads, S, hs) each
+CrossKeys: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 class DecoderCache:
@@ -10,10 +15,10 @@ class DecoderCache:
     cross-attention stays one per image: hypotheses are further queries on it, never copies of it.
     """
 
-    def __init__(self, layers: int, capacity: int) -> None:
+    def __init__(self, layers: int, capacity: int, cross: CrossKeys | None = None) -> None:
         self.capacity = capacity  # tokens that fit without growing
         self.length = 0  # tokens held
-        self.cross: list[tuple[Tensor, Tensor] | None] = [None] * layers  # (images, heads, S, hs) each
+        self.cross: list[tuple[Tensor, Tensor] | None] = list(cross) if cross else [None] * layers
         self._keys: list[Tensor | None] = [None] * layers  # (rows, heads, capacity, hs)
         self._values: list[Tensor | None] = [None] * layers
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .cache import CrossKeys
 from .errors import InputError
 from .logits import LogitRules
 from .requests import GenerationOptions
@@ -47,8 +48,9 @@ class Prompt:
 class Memory:
     """What the decoder attends to: an image, or an image and a question, encoded."""
 
-    states: Tensor  # (B, S, width)
+    states: Tensor | None  # (B, S, width)
     mask: Tensor | None = None  # (B, S), 1 for tokens
+    keys: CrossKeys | None = None  # instead of the states: their keys and values, projected before
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class _DecoderState:
 
     def __init__(self, decoder: BlipTextLMHeadModel, prompt: Prompt, memory: Memory, steps: int) -> None:
         self._decoder, self._prompt, self._memory = decoder, prompt, memory
-        self._cache = decoder.bert.new_cache(prompt.ids.shape[1] + steps)
+        self._cache = decoder.bert.new_cache(prompt.ids.shape[1] + steps, memory.keys)
         self._mask, self._next_position = prompt.mask, prompt.lengths[:, None]
 
     def read_prompt(self) -> Tensor:

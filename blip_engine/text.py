@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import attend, causal_mask, merge_heads, padding_mask, split_heads
-from .cache import DecoderCache
+from .cache import CrossKeys, DecoderCache
 from .config import BlipTextConfig
 from .errors import InputError
 from .outputs import LanguageModelOutput, TextOutput
@@ -204,9 +204,9 @@ class BlipTextModel(PreTrainedModel[BlipTextConfig]):
         """Replace the word embeddings."""
         self.embeddings.word_embeddings = value
 
-    def new_cache(self, capacity: int) -> DecoderCache:
-        """An empty cache that holds `capacity` tokens without growing."""
-        return DecoderCache(len(self.encoder.layer), capacity)
+    def new_cache(self, capacity: int, cross: CrossKeys | None = None) -> DecoderCache:
+        """A cache that holds `capacity` tokens without growing; `cross` are keys and values projected before."""
+        return DecoderCache(len(self.encoder.layer), capacity, cross)
 
     def forward(
         self,

@@ -1,0 +1,258 @@
+"""A resident engine: several checkpoints on one device, one queue, batches across jobs.
+
+    engine = Engine.load({"caption": "demo", "vqa": "demo"})
+    engine.caption([image])[0].text
+    engine.answer([image, image], ["what shape is it?", "what color is it?"])
+
+One thread runs `step`: take a batch, run it, settle its futures. Every future settles, whatever happens.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeAlias, cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .batcher import Batcher
+from .checkpoint import find_checkpoint
+from .config import CONFIG_FILE
+from .errors import CheckpointError, EngineClosedError, InputError
+from .images import decode_image, resized_pixels
+from .precision import choose_device, choose_dtype
+from .requests import TASKS, Answer, Caption, Match, Options, Request, Result, Task, options_for
+from .resident import MODEL_CLASSES, Pixels, ResidentModel
+from .runner import AnswerRunner, CaptionRunner, MatchRunner, Prepared, runner_for
+
+_log = logging.getLogger(__name__)
+
+#: A Pillow image, a file, its bytes, or uint8 pixels (H, W, 3).
+ImageLike: TypeAlias = "Image.Image | str | Path | bytes | np.ndarray[Any, Any]"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A checkpoint that an engine holds."""
+
+    name: str  # what requests call it
+    task: Task
+    source: str  # as it was asked for: a hub id, a directory, `demo`
+    revision: str | None  # the hub's commit
+    weights_sha256: str
+    image_size: tuple[int, int]  # height and width the model takes, pixels
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A queued request."""
+
+    prepared: Prepared
+    future: "Future[list[Result]]"
+    capacity: int
+
+    @property
+    def group(self) -> Hashable:
+        request = self.prepared.request
+        return request.model, request.task, request.options
+
+    @property
+    def weight(self) -> int:
+        return len(self.prepared.tokens)
+
+
+class Engine:
+    """Holds models on a device and serves requests for all of them from one queue."""
+
+    def __init__(self, device: str = "auto", precision: str = "auto") -> None:
+        """`device`: auto, cpu, cuda, cuda:N. `precision`: auto, fp32, bf16, fp16. Raises OptionError."""
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(precision, self.device)
+        self.oom_splits = 0  # how often the device ran out of memory and batches were halved
+        self._runners: dict[str, CaptionRunner | AnswerRunner | MatchRunner] = {}
+        self._infos: dict[str, ModelInfo] = {}
+        self._batcher: Batcher[_Entry] = Batcher()
+        self._device_lock = threading.Lock()  # held by a step and by embed: one user of the device at a time
+        self._thread = threading.Thread(target=self._serve, name="blip-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(cls, models: Mapping[str, str], device: str = "auto", precision: str = "auto") -> Self:
+        """An engine with models by name. A name that is a task says the task; else the checkpoint does."""
+        engine = cls(device, precision)
+        for name, model in models.items():
+            engine.load_model(name, model, cast(Task, name) if name in TASKS else _task_of(model))
+        return engine
+
+    def load_model(self, name: str, model: str, task: Task) -> ModelInfo:
+        """Make a checkpoint resident under `name`; a second call for the same one returns at once.
+
+        `model` is a hub id (`@revision` pins it), a local directory, or `demo`. Raises CheckpointError.
+        """
+        held = self._infos.get(name)
+        if held is not None:
+            if (held.source, held.task) != (model, task):
+                raise CheckpointError(f"the name {name!r} is taken by {held.source} ({held.task}); choose another")
+            return held
+        checkpoint = find_checkpoint(model, task=task)
+        resident: ResidentModel[Any] = ResidentModel(checkpoint, task, self.device, self.dtype)
+        info = ModelInfo(name, task, model, checkpoint.revision, checkpoint.weights_sha256(), resident.image_size)
+        self._runners[name] = runner_for(task, resident)
+        self._infos[name] = info
+        _log.info("%s (%s) is resident on %s in %s", model, task, self.device, self.dtype)
+        return info
+
+    def submit(self, request: Request) -> "Future[list[Result]]":
+        """Queue a request; the future gives one result per text, or an InputError, or EngineClosedError."""
+        future: Future[list[Result]] = Future()
+        try:
+            runner = self._runner(request.model, request.task)
+            entry = _Entry(runner.prepare(request), future, runner.resident.shapes.texts)
+        except InputError as error:  # this request is settled; nothing was queued
+            future.set_exception(error)
+            return future
+        if not self._batcher.put(entry):
+            future.set_exception(EngineClosedError("the engine is closed"))
+        return future
+
+    def close(self) -> None:
+        """Finish what is queued and stop."""
+        self._batcher.close()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def caption(
+        self,
+        images: Sequence[ImageLike],
+        prompts: Sequence[str] | None = None,
+        *,
+        model: str = "caption",
+        **options: Any,
+    ) -> list[Caption]:
+        """A caption of every image; `prompts`, one per image, are continued. Options: `requests.GenerationOptions`."""
+        return cast(list[Caption], self._ask(model, "caption", images, prompts or [""] * len(images), options))
+
+    def answer(
+        self, images: Sequence[ImageLike], questions: Sequence[str], *, model: str = "vqa", **options: Any
+    ) -> list[Answer]:
+        """The answer to every question about the image at its place; an image given twice is encoded once."""
+        return cast(list[Answer], self._ask(model, "vqa", images, questions, options))
+
+    def match(self, images: Sequence[ImageLike], texts: Sequence[str], *, model: str = "itm") -> list[Match]:
+        """How well every text fits the image at its place; an image given twice is encoded once."""
+        return cast(list[Match], self._ask(model, "itm", images, texts, {}))
+
+    def embed(
+        self,
+        images: Sequence[ImageLike] | None = None,
+        texts: Sequence[str] | None = None,
+        *,
+        model: str = "itm",
+    ) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        """Unit vectors (N, projection) of images or of texts; their products are `Match.itc`."""
+        runner = self._runner(model, "itm")
+        if not isinstance(runner, MatchRunner) or (images is None) == (texts is None):
+            raise InputError("embed takes either images or texts, and a retrieval model")
+        with self._device_lock:
+            if texts is not None:
+                return runner.embed_texts(texts).numpy()
+            return runner.embed_images([_pixels(image, runner.resident.image_size) for image in images or ()]).numpy()
+
+    def _ask(
+        self, model: str, task: Task, images: Sequence[ImageLike], texts: Sequence[str], options: Mapping[str, Any]
+    ) -> list[Result]:
+        if len(images) != len(texts):
+            raise InputError(f"{len(images)} images and {len(texts)} texts: there must be one text for each image")
+        chosen, size = options_for(task, options), self._runner(model, task).resident.image_size
+        places: dict[int, list[int]] = {}  # by the identity of the image, which `images` keeps alive
+        for place, image in enumerate(images):
+            places.setdefault(id(image), []).append(place)
+        futures = [
+            self.submit(_request(model, task, _pixels(images[group[0]], size), [texts[p] for p in group], chosen))
+            for group in places.values()
+        ]
+        results: dict[int, Result] = {}
+        for group, future in zip(places.values(), futures, strict=True):
+            results.update(zip(group, future.result(), strict=True))
+        return [results[place] for place in range(len(images))]
+
+    def _runner(self, model: str, task: Task) -> "CaptionRunner | AnswerRunner | MatchRunner":
+        info = self._infos.get(model)
+        if info is None:
+            raise InputError(f"no model {model!r} is loaded; there is: {', '.join(self._infos) or 'none'}")
+        if info.task != task:
+            raise InputError(f"model {model!r} serves {info.task}, not {task}")
+        return self._runners[model]
+
+    def _serve(self) -> None:
+        while (batch := self._batcher.take()) is not None:
+            self._step(batch)
+
+    def _step(self, batch: list[_Entry]) -> None:
+        runner = self._runners[batch[0].prepared.request.model]
+        try:
+            with self._device_lock:
+                results = runner.run([entry.prepared for entry in batch])
+        except torch.OutOfMemoryError as error:  # the batch is run again, smaller, unless it cannot be
+            self._after_out_of_memory(runner, batch, error)
+        except Exception as error:  # a batch's failure is tried row by row, a row's is its own
+            self._after_failure(batch, error)
+        else:
+            for entry, result in zip(batch, results, strict=True):
+                entry.future.set_result(result)
+
+    def _after_out_of_memory(
+        self, runner: "CaptionRunner | AnswerRunner | MatchRunner", batch: list[_Entry], error: Exception
+    ) -> None:
+        shapes = runner.resident.shapes
+        if shapes == shapes.halved():
+            self._after_failure(batch, error)
+            return
+        self.oom_splits += 1
+        runner.resident.shapes = shapes.halved()
+        _log.warning("out of device memory: batches of %s are now %s", shapes, runner.resident.shapes)
+        torch.cuda.empty_cache()
+        self._step(batch)
+
+    def _after_failure(self, batch: list[_Entry], error: Exception) -> None:
+        if len(batch) == 1:
+            batch[0].future.set_exception(error)
+            return
+        for entry in batch:
+            self._step([entry])
+
+
+def _request(model: str, task: Task, pixels: Pixels, texts: Sequence[str], options: Options) -> Request:
+    return Request(model, task, pixels, tuple(texts), options)
+
+
+def _pixels(image: ImageLike, size: tuple[int, int]) -> Pixels:
+    if isinstance(image, str | Path):
+        image = Path(image).read_bytes()
+    if isinstance(image, bytes):
+        image = decode_image(image)
+    elif isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise InputError(f"an image must be a Pillow image, a path, bytes or an array, not {type(image).__name__}")
+    return resized_pixels(image.convert("RGB"), size)
+
+
+def _task_of(model: str) -> Task:
+    """The task a checkpoint's configuration names."""
+    path = find_checkpoint(model).directory / CONFIG_FILE
+    names = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
+    for task, kind in MODEL_CLASSES.items():
+        if kind.__name__ in names:
+            return task
+    raise CheckpointError(f"{path} does not say which task the model serves; name it caption, vqa or itm")

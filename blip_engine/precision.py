@@ -1,0 +1,40 @@
+"""Which device and which number type a model runs on."""
+
+from typing import Final, Literal, TypeAlias, get_args
+
+import torch
+
+from .errors import OptionError
+
+Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
+
+_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first GPU, or else the CPU. Raises OptionError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise OptionError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:1") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"device {device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of weights and activations; log-probabilities and scores are float32 whatever it is.
+
+    `auto`: bfloat16 where the hardware multiplies it (GPUs from Ampere on, CPUs with AVX512-BF16 or AMX), else float16
+    on a GPU and float32 on a CPU. Raises OptionError for an unknown policy.
+    """
+    if precision not in get_args(Precision):
+        raise OptionError(f"precision {precision!r} is unknown; use one of {', '.join(get_args(Precision))}")
+    if precision != "auto":
+        return _DTYPES[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    features = torch.cpu.get_capabilities()
+    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32

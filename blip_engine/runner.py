@@ -1,0 +1,203 @@
+"""The three tasks on a resident model: images and texts of one batch to results."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic
+
+import torch
+from torch import Tensor
+
+from .cache import CrossKeys
+from .errors import InputError
+from .generation import Generated, Memory, Prompt, generate
+from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from .requests import Answer, Caption, GenerationOptions, Match, Options, Request, Result, Task
+from .resident import ImageStates, ModelT, Pixels, ResidentModel, TextBatch
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request with its texts as tokens."""
+
+    request: Request
+    tokens: list[list[int]]
+
+
+class Runner(ABC, Generic[ModelT]):
+    """Runs requests of one model, task and options together."""
+
+    def __init__(self, resident: ResidentModel[ModelT]) -> None:
+        self.resident = resident
+        self._text_config = resident.model.config.text_config
+
+    def prepare(self, request: Request) -> Prepared:
+        """Check a request and tokenise its texts. Raises InputError; cheap enough for the caller's thread."""
+        height, width = self.resident.image_size
+        if request.pixels.shape != (height, width, 3) or request.pixels.dtype.name != "uint8":
+            raise InputError(
+                f"model {request.model!r} takes uint8 pixels ({height}, {width}, 3), "
+                f"not {request.pixels.dtype} {request.pixels.shape}"
+            )
+        if not request.texts:
+            raise InputError("a request needs at least one text; a caption's may be empty")
+        return Prepared(request, self._tokenise(request.texts, request.options))
+
+    def _tokenise(self, texts: Sequence[str], options: Options) -> list[list[int]]:
+        return self.resident.processor.tokenizer.encode_rows(texts, self._token_limit(options))
+
+    def _token_limit(self, options: Options) -> int:
+        return self._text_config.max_position_embeddings
+
+    @torch.inference_mode()
+    def run(self, batch: Sequence[Prepared]) -> list[list[Result]]:
+        """The results of every request, one per text, in order."""
+        encoded = self.resident.encode_images([entry.request.pixels for entry in batch])
+        owners = [image for image, entry in enumerate(batch) for _ in entry.tokens]
+        rows = [tokens for entry in batch for tokens in entry.tokens]
+        results: list[Result | None] = [None] * len(rows)
+        for texts in self.resident.text_batches(rows, owners, left=self.pads_left):
+            cross = self.resident.cross_of(encoded, texts.images)
+            found = self._run_texts(encoded, texts, cross, batch)
+            for index, result in zip(texts.rows, found, strict=False):  # the blank texts' results are dropped
+                results[index] = result
+        flat = iter(results)
+        return [[result for _ in entry.tokens if (result := next(flat)) is not None] for entry in batch]
+
+    pads_left = False
+
+    @abstractmethod
+    def _run_texts(
+        self, encoded: ImageStates, texts: TextBatch, cross: CrossKeys, batch: Sequence[Prepared]
+    ) -> Sequence[Result]:
+        """Results of a batch of texts, the blank ones at the end included or not."""
+
+
+class _Generating(Runner[ModelT]):
+    """What captions and answers share."""
+
+    def _generate(self, prompt: Prompt, memory: Memory, texts: TextBatch, batch: Sequence[Prepared]) -> Generated:
+        options = batch[0].request.options
+        if not isinstance(options, GenerationOptions):
+            raise InputError(f"generation takes GenerationOptions, not {type(options).__name__}")
+        uniforms = _uniforms(options, texts, batch).to(self.resident.device) if options.do_sample else None
+        decoder = self.resident.model.text_decoder  # type: ignore[union-attr]
+        return generate(decoder, prompt, memory, options, uniforms=uniforms)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self.resident.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+class CaptionRunner(_Generating[BlipForConditionalGeneration]):
+    """Captions. A text is the prompt, empty for none; the caption contains it."""
+
+    pads_left = True
+
+    def _tokenise(self, texts: Sequence[str], options: Options) -> list[list[int]]:
+        rows = super()._tokenise(texts, options)
+        return [[self._text_config.bos_token_id, *row[1:-1]] for row in rows]  # [BOS] for [CLS], no [SEP]
+
+    def _token_limit(self, options: Options) -> int:
+        new = options.max_new_tokens if isinstance(options, GenerationOptions) else 0
+        return super()._token_limit(options) + 1 - new  # [SEP] is dropped
+
+    def _run_texts(
+        self, encoded: ImageStates, texts: TextBatch, cross: CrossKeys, batch: Sequence[Prepared]
+    ) -> Sequence[Result]:
+        prompt = Prompt(texts.ids, texts.mask if texts.ids.shape[1] > 1 else None)
+        generated = self._generate(prompt, Memory(None, None, cross), texts, batch)
+        ids, masks = texts.ids.tolist(), texts.mask.tolist()
+        prompts = [[i for i, kept in zip(row, mask, strict=True) if kept] for row, mask in zip(ids, masks, strict=True)]
+        return [
+            self._caption(prompt_ids, hypotheses)
+            for prompt_ids, hypotheses in zip(prompts, _hypotheses(generated, len(texts.rows)), strict=False)
+        ]
+
+    def _caption(self, prompt: list[int], hypotheses: list[tuple[tuple[int, ...], float]]) -> Caption:
+        best, *others = [Caption(self._decode([*prompt, *ids]), score, ids) for ids, score in hypotheses]
+        return Caption(best.text, best.score, best.token_ids, tuple(others))
+
+
+class AnswerRunner(_Generating[BlipForQuestionAnswering]):
+    """Answers to questions."""
+
+    def _run_texts(
+        self, encoded: ImageStates, texts: TextBatch, cross: CrossKeys, batch: Sequence[Prepared]
+    ) -> Sequence[Result]:
+        encoder = self.resident.model.text_encoder
+        question = encoder(texts.ids, texts.mask, past_key_values=encoder.new_cache(0, cross)).last_hidden_state
+        bos = torch.full((len(texts.ids), 1), self._text_config.bos_token_id, device=self.resident.device)
+        generated = self._generate(Prompt(bos, None), Memory(question, texts.mask), texts, batch)
+        return [self._answer(hypotheses) for hypotheses in _hypotheses(generated, len(texts.rows))]
+
+    def _answer(self, hypotheses: list[tuple[tuple[int, ...], float]]) -> Answer:
+        ranking = tuple((self._decode(ids), score) for ids, score in hypotheses)
+        return Answer(*ranking[0], ranking if len(ranking) > 1 else ())
+
+
+class MatchRunner(Runner[BlipForImageTextRetrieval]):
+    """Matching probability and contrastive similarity."""
+
+    def _run_texts(
+        self, encoded: ImageStates, texts: TextBatch, cross: CrossKeys, batch: Sequence[Prepared]
+    ) -> Sequence[Result]:
+        model = self.resident.model
+        encoder = model.text_encoder
+        fused = encoder(texts.ids, texts.mask, past_key_values=encoder.new_cache(0, cross)).last_hidden_state
+        matches = model.itm_head(fused[:, 0]).float().softmax(-1)[:, 1]
+        images = model.project_image(encoded.states).float()[texts.images]
+        similarity = (images * self._project_texts(texts)).sum(-1)
+        return [Match(*pair) for pair in zip(matches.tolist(), similarity.tolist(), strict=True)]
+
+    def _project_texts(self, texts: TextBatch) -> Tensor:
+        model = self.resident.model
+        return model.project_text(model.text_encoder(texts.ids, texts.mask).last_hidden_state).float()
+
+    @torch.inference_mode()
+    def embed_images(self, pixels: Sequence[Pixels]) -> Tensor:
+        """Unit vectors (N, projection) float32 of uint8 images at the model's size."""
+        encoded = self.resident.encode_images(pixels)
+        return self.resident.model.project_image(encoded.states).float()[: len(pixels)].cpu()
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (N, projection) float32. Raises InputError for a text that is too long."""
+        rows = self.resident.processor.tokenizer.encode_rows(texts, self._text_config.max_position_embeddings)
+        vectors = torch.empty(len(rows), self.resident.model.config.image_text_hidden_size)
+        for batch in self.resident.text_batches(rows, [0] * len(rows), left=False):
+            vectors[batch.rows] = self._project_texts(batch)[: len(batch.rows)].cpu()
+        return vectors
+
+
+def runner_for(task: Task, resident: ResidentModel[ModelT]) -> "CaptionRunner | AnswerRunner | MatchRunner":
+    """The runner of a task, around its model."""
+    kinds = {"caption": CaptionRunner, "vqa": AnswerRunner, "itm": MatchRunner}
+    return kinds[task](resident)  # type: ignore[arg-type, return-value]
+
+
+def _hypotheses(generated: Generated, rows: int) -> list[list[tuple[tuple[int, ...], float]]]:
+    """Tokens and score of every sequence of the first `rows` rows."""
+    columns = (generated.tokens[:rows].tolist(), generated.lengths[:rows].tolist(), generated.scores[:rows].tolist())
+    return [
+        [(tuple(tokens[:length]), score) for tokens, length, score in zip(*row, strict=True)]
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def _uniforms(options: GenerationOptions, texts: TextBatch, batch: Sequence[Prepared]) -> Tensor:
+    """The draws of every text: of its seed, image and words alone, so that batch-mates change nothing."""
+    uniforms = torch.zeros(len(texts.ids), options.num_return_sequences, options.max_new_tokens)
+    owners, places = texts.images.tolist(), _places(batch)
+    for place, index in enumerate(texts.rows):
+        request = batch[owners[place]].request
+        digest = hashlib.blake2b(request.pixels.tobytes(), digest_size=8)
+        digest.update(request.texts[places[index]].encode())
+        digest.update(options.seed.to_bytes(8, "little"))
+        generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
+        uniforms[place] = torch.rand(uniforms.shape[1:], generator=generator)
+    return uniforms
+
+
+def _places(batch: Sequence[Prepared]) -> list[int]:
+    return [place for entry in batch for place in range(len(entry.tokens))]

@@ -10,6 +10,7 @@ One thread runs `step`: take a batch, run it, settle its futures. Every future s
 import json
 import logging
 import threading
+import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ class Engine:
         self._device_lock = threading.Lock()  # held by a step and by embed: one user of the device at a time
         self._thread = threading.Thread(target=self._serve, name="blip-engine", daemon=True)
         self._thread.start()
+        # A thread that is inside torch while the interpreter ends aborts the process: end it before.
+        self._end = weakref.finalize(self, _stop, self._batcher, self._thread)
 
     @classmethod
     def load(cls, models: Mapping[str, str], device: str = "auto", precision: str = "auto") -> Self:
@@ -122,8 +125,7 @@ class Engine:
 
     def close(self) -> None:
         """Finish what is queued and stop."""
-        self._batcher.close()
-        self._thread.join()
+        self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -230,6 +232,11 @@ class Engine:
             return
         for entry in batch:
             self._step([entry])
+
+
+def _stop(batcher: Batcher[_Entry], thread: threading.Thread) -> None:
+    batcher.close()
+    thread.join()
 
 
 def _request(model: str, task: Task, pixels: Pixels, texts: Sequence[str], options: Options) -> Request:

@@ -42,7 +42,7 @@ class LogitRules:
         Holtzman et al. 2019, https://arxiv.org/abs/1904.09751). Returns (B, K).
         """
         options = self._options
-        ordered, tokens = (logits / options.temperature).sort(-1, descending=True, stable=True)
+        ordered, tokens = (logits / options.temperature).sort(stable=True, dim=-1, descending=True)
         if 0 < options.top_k < ordered.shape[-1]:
             ordered[..., options.top_k :] = -torch.inf
         probabilities = ordered.softmax(-1)

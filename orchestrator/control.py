@@ -209,14 +209,18 @@ class Controller:
         except (StaleEpochError, RedisUnavailable):
             raise
         except BlipBatchError as error:
-            # An outage of the store is waited out, but for a job that never began: better to say so at once.
-            if error.retryable and spec.id in self._plans:
+            if error.retryable and self._has_begun(spec.id):
                 log.warning("%s: waiting: %s", spec.id, error)
                 return
             self._fail(spec.id, epoch, _error_code(error), str(error))
         except Exception as error:  # a bug: the job stops with it, the other jobs go on
             log.exception("%s", spec.id)
             self._fail(spec.id, epoch, "internal", f"{type(error).__name__}: {error}")
+
+    def _has_begun(self, job: str) -> bool:
+        """An outage of the store is waited out, but for a job that was never planned: better to say so at once."""
+        state = self.ledger.state(job)
+        return job in self._plans or (state is not None and state.plan is not None)
 
     def _fail(self, job: str, epoch: str, code: str, message: str) -> None:
         log.error("%s failed: %s", job, message)

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import platform
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -105,14 +107,16 @@ def _model(model: str) -> str:
 def submit(ledger: Ledger, spec: JobSpec, settings: Settings) -> str:
     """Starts the job, or goes on with it where it is; returns its id.
 
-    A job that ended as failed or cancelled, or is paused, goes on from its finished parts.
+    A job that ended as failed or cancelled, or is paused, goes on from its finished parts; one whose output was
+    removed begins anew.
     Raises UsageError when the output belongs to other work.
     """
-    check_owner(spec, open_store(spec.output, settings))
+    record = check_owner(spec, open_store(spec.output, settings))
     if not ledger.create_job(spec):
         ledger.update_spec(spec)
         state = ledger.state(spec.id)
-        if state is not None and state.status in {"failed", "cancelled", "paused"}:
+        removed = record is None and state is not None and state.status == "completed"
+        if removed or (state is not None and state.status in {"failed", "cancelled", "paused"}):
             ledger.set_status(spec.id, "validating")
     return spec.id
 
@@ -151,7 +155,13 @@ def claim_output(spec: JobSpec, store: Store) -> dict[str, Any]:
     Raises StorageError, or JobError (`output_taken`) when another job was first.
     """
     store.check_conditional_put()
-    record = {"spec": spec.model_dump(), "version": version("blip-batch"), "plan": None, "model": None}
+    record = {
+        "spec": spec.model_dump(),
+        "options": asdict(options_for(spec.task, spec.options)),  # the defaults filled in
+        "versions": {"blip-batch": version("blip-batch"), "python": platform.python_version()},
+        "plan": None,
+        "model": None,
+    }
     store.put_new(JOB_KEY, _as_json(record))
     try:
         return check_owner(spec, store) or record

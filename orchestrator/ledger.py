@@ -41,7 +41,7 @@ QUEUE: Final = "blip"
 
 #: status -> statuses it may follow
 _FROM: Final[Mapping[Status, tuple[Status, ...]]] = {
-    "validating": ("failed", "cancelled", "finalizing", "paused", "in_progress"),
+    "validating": ("failed", "cancelled", "finalizing", "paused", "in_progress", "completed"),
     "in_progress": ("validating", "paused"),
     "finalizing": ("in_progress",),
     "completed": ("finalizing",),

@@ -28,7 +28,7 @@ class ObjectInfo:
 
     key: str
     size: int
-    etag: str  # changes whenever the content does; on disk: inode, size and modification time
+    etag: str  # changes whenever the content does; on disk: size and modification time
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -172,7 +172,7 @@ class LocalStore(Store):
 
 
 def _etag(info: os.stat_result) -> str:
-    return f"{info.st_ino:x}-{info.st_size:x}-{info.st_mtime_ns:x}"
+    return f"{info.st_size:x}-{info.st_mtime_ns:x}"
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Whole jobs without a model: real Redis, real storage, a real queue."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def test_a_job_from_manifest_to_summary(settings: Settings, controller: Controll
     record = json.loads((out / "job.json").read_text())
     assert record["model"]["weights_sha256"] == "f" * 64
     assert record["manifest"]["rows"] == 95
+    assert record["options"]["num_beams"] == 3
     audit = verify(str(out))
     assert audit.ok, audit.problems
 
@@ -257,7 +259,18 @@ def test_a_finished_job_stays_as_it_is(settings: Settings, controller: Controlle
     worker = MiniWorker(settings)
     advance(controller, submit(controller.ledger, spec, settings), ended, worker)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    controller.ledger._redis.flushall()
+    controller.ledger._redis.flushall()  # else the job would just be known as completed
     state = advance(controller, submit(controller.ledger, spec, settings), ended, worker)
     assert state.status == "completed"
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_job_whose_output_was_removed_begins_anew(
+    settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    spec = caption_spec(write_manifest(tmp_path, 15), tmp_path / "out")
+    worker = MiniWorker(settings)
+    for _ in range(2):
+        job = submit(controller.ledger, spec, settings)
+        assert advance(controller, job, lambda state: state.ended and (tmp_path / "out/summary.json").exists(), worker)
+        shutil.rmtree(tmp_path / "out")

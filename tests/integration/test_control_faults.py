@@ -232,6 +232,12 @@ def test_the_store_is_down_for_a_while(
         state = controller.ledger.state(job)
         assert state is not None
         assert (state.status, state.chunks_done) == ("in_progress", 2)
+        controller.close()
+        controller = Controller(settings)  # one that starts in the middle of the outage
+        deadline = time.monotonic() + 2.5
+        while time.monotonic() < deadline:
+            controller.step()
+        assert controller.ledger.state(job) == state
         proxy.always = "pass"
         state = advance(controller, job, ended, worker)
         assert (state.status, state.completed) == ("completed", 60)

@@ -35,7 +35,7 @@ from .storage import open_store
 
 _our_log = logging.getLogger(__package__)
 
-POLL_SECONDS: Final = 0.2
+POLL_SECONDS: Final = 0.1
 _REDIS_START_SECONDS: Final = 10.0
 _MOST_RESTARTS: Final = 5  # of workers that died, in one job
 #: Becomes the program named in its arguments, and is killed when our process dies.
@@ -121,7 +121,8 @@ class Embedded:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
         self._log_to(self.folder / "control.log")
-        self.settings = self._base.model_copy(update={"redis_url": self._redis.url})
+        pause = min(self._base.poll_seconds, POLL_SECONDS)
+        self.settings = self._base.model_copy(update={"redis_url": self._redis.url, "poll_seconds": pause})
         self.ledger = Ledger.connect(self.settings)
         self._control = threading.Thread(target=self._control_loop, name="control", daemon=True)
         self._control.start()
@@ -133,11 +134,11 @@ class Embedded:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stops everything. Workers that were interrupted in mid-job get the grace period; idle ones need none."""
-        grace = 1.0 if kind is None else self.settings.drain_seconds + 2
-        for worker in self._workers:
-            _signal(worker, signal.SIGTERM)
         try:
-            _wait_all(self._workers, grace)
+            if kind is not None:
+                for worker in self._workers:
+                    _signal(worker, signal.SIGTERM)
+                _wait_all(self._workers, self.settings.drain_seconds + 2)
         finally:
             for worker in self._workers:
                 _end(worker, 0)

@@ -96,9 +96,12 @@ def new_model(task: Task, text_layers: int) -> Any:
 
 
 def begin_with(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Take over what fits: all of a checkpoint of the same task, the vision tower of another's."""
+    """Take over what fits. A text encoder may begin as a captioner's decoder, which already looks at images."""
     own = model.state_dict()
-    fitting = {name: value for name, value in tensors.items() if name in own and own[name].shape == value.shape}
+    given = dict(tensors)
+    for name, value in tensors.items():
+        given.setdefault(name.replace("text_decoder.bert.", "text_encoder."), value)
+    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
     model.load_state_dict(fitting, strict=False)
 
 
@@ -185,7 +188,7 @@ def train(task: Task, model: Any, recipe: Recipe, seed: int = 0) -> Iterator[tup
         batch = [drawing(rng.randrange(HELD_OUT_SEEDS)) for _ in range(recipe.images)]
         loss = lesson.loss(batch, rng)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -171,7 +171,8 @@ class Ledger:
     def acquire(self, hint: Hint, worker: str) -> Lease | NotLeased:
         answer = self._run("acquire", hint.job, hint.chunk, hint.plan, worker, self._lease_ms)
         if answer[0] != "leased":
-            return answer[0]  # type: ignore[no-any-return]
+            missed: NotLeased = answer[0]
+            return missed
         return Lease(hint.job, hint.chunk, hint.plan, int(answer[1]), int(answer[2]), worker)
 
     def renew(self, lease: Lease, rows_done: int) -> bool:

@@ -1,7 +1,7 @@
 """Images to normalised pixels: Pillow and NumPy, bit-equal with transformers' `BlipImageProcessorPil`.
 
-This class keeps transformers' habits (no EXIF rotation, alpha dropped). What the workers use, `images.decode_image`,
-treats photographs as a labelling user expects.
+This class keeps transformers' habits (no EXIF rotation, 16 bits clipped to 8). What the workers use,
+`images.decode_image`, treats photographs as a labelling user expects.
 """
 
 import json
@@ -35,8 +35,8 @@ class BlipImageProcessor:
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
-    image_mean: Sequence[float] = CLIP_MEAN
-    image_std: Sequence[float] = CLIP_STD
+    image_mean: Sequence[float] | float = CLIP_MEAN
+    image_std: Sequence[float] | float = CLIP_STD
     do_convert_rgb: bool = True
 
     def __post_init__(self) -> None:
@@ -88,11 +88,14 @@ class BlipImageProcessor:
     ) -> BatchFeature:
         """Images with values 0 to 255 to `pixel_values` (B, 3, height, width) float32.
 
-        An image is a Pillow image, or an array or tensor (H, W, C), (C, H, W) or (H, W). Raises InputError for anything
-        else, and TypeError for an argument that is not a field.
+        An image is a Pillow image, or an array or tensor (C, H, W), (H, W, C) or (H, W); one with a fourth dimension is
+        a batch. Transparency is composited on white. Fractions from 0 to 1 are taken for levels divided by 255. Raises
+        InputError for anything else, and TypeError for an argument that is not a field.
         """
         settings = replace(self, **overrides) if overrides else self
         batch = images if isinstance(images, Sequence) else [images]
+        if not isinstance(images, Sequence | Image.Image) and images.ndim == 4:
+            batch = list(images)
         pixels = [settings._prepare(image) for image in batch]
         return as_features({"pixel_values": pixels}, return_tensors)
 
@@ -102,12 +105,16 @@ class BlipImageProcessor:
             array = _resize(array, (self.size["width"], self.size["height"]), self.resample)
         array = np.moveaxis(array, -1, 0)
         if self.do_rescale:
-            # In double precision first: a float32 product differs from transformers' in the last bit.
-            array = (array.astype(np.float64) * self.rescale_factor).astype(np.float32)
-        if self.do_normalize:
-            mean = np.asarray(self.image_mean, dtype=array.dtype)[:, None, None]
-            array = (array - mean) / np.asarray(self.image_std, dtype=array.dtype)[:, None, None]
-        return array
+            array = _scaled(array, self.rescale_factor)
+        return self._normalised(array) if self.do_normalize else array
+
+    def _normalised(self, array: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+        if not np.issubdtype(array.dtype, np.floating):
+            array = array.astype(np.float32)
+        mean, std = (np.asarray(v, array.dtype).reshape(-1, 1, 1) for v in (self.image_mean, self.image_std))
+        if len(mean) not in (1, len(array)):
+            raise InputError(f"an image of {len(array)} channels needs as many means, not {len(mean)}")
+        return np.asarray((array - mean) / std)
 
 
 #: transformers has a second, Pillow-only class under this name; ours is Pillow-only already.
@@ -125,29 +132,61 @@ def _as_size(size: Any) -> dict[str, int]:
 
 
 def _channels_last(image: ImageInput, convert: bool) -> "np.ndarray[Any, Any]":
+    """(H, W, C) of any image; with `convert`, C is 3."""
     if isinstance(image, Image.Image):
-        array = np.array(image.convert("RGB") if convert else image)
-    elif isinstance(image, Tensor):
-        array = image.numpy(force=True)
-    elif isinstance(image, np.ndarray):
-        array = image
-    else:
+        array = np.array(_opaque(image) if convert else image)
+        return array[..., None] if array.ndim == 2 else array
+    if isinstance(image, Tensor):
+        image = image.numpy(force=True)
+    if not isinstance(image, np.ndarray):
         raise InputError(f"an image must be a Pillow image, an array or a tensor, not {type(image).__name__}")
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3:
-        raise InputError(f"an image must have 2 or 3 dimensions, not the shape {array.shape}")
-    if array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+    array = image[None] if image.ndim == 2 else image
+    if array.ndim != 3 or not {array.shape[0], array.shape[-1]} & {1, 3, 4}:
+        raise InputError(f"an image must be (C, H, W), (H, W, C) or (H, W) with 1, 3 or 4 channels, not {image.shape}")
+    if array.shape[0] in (1, 3, 4):  # where both ends could be the channels, transformers takes the first
         array = np.moveaxis(array, 0, -1)
-    if array.shape[-1] == 4:
-        array = array[..., :3]
-    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
+    if not convert or array.shape[-1] == 3:
+        return array
+    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else _on_white(array)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _on_white(array: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    whole = np.issubdtype(array.dtype, np.integer)
+    white = 255 if whole else 1.0
+    if not whole and (array.min() < 0 or array.max() > 1):
+        raise InputError("an image of fractions with transparency must lie in 0 to 1")
+    alpha = array[..., 3:] / white
+    blended = alpha * array[..., :3] + (1 - alpha) * white
+    return (np.round(blended) if whole else blended).astype(array.dtype)
 
 
 def _resize(array: "np.ndarray[Any, Any]", size: tuple[int, int], resample: int) -> "np.ndarray[Any, Any]":
+    """Resize through Pillow's 8 bits; fractions come back as fractions."""
+    fractions = _are_fractions(array)
+    levels = (_scaled(array, 255) if fractions else array).astype(np.uint8)
+    gray = levels.shape[-1] == 1  # Pillow knows no third dimension of one
+    resized = np.asarray(Image.fromarray(levels[..., 0] if gray else levels).resize(size, resample))
+    resized = resized[..., None] if gray else resized
+    return _scaled(resized, 1 / 255) if fractions else resized
+
+
+def _are_fractions(array: "np.ndarray[Any, Any]") -> bool:
+    """Whether values are 0 to 1 rather than whole numbers 0 to 255; InputError when they are neither."""
     if array.dtype == np.uint8:
-        return np.asarray(Image.fromarray(array).resize(size, resample))
-    scaled = bool(np.issubdtype(array.dtype, np.floating) and array.max() <= 1.0 and array.min() >= 0.0)
-    whole = np.rint(array * 255 if scaled else array).clip(0, 255).astype(np.uint8)
-    resized = np.asarray(Image.fromarray(whole).resize(size, resample))
-    return resized / np.float32(255) if scaled else resized
+        return False
+    whole = np.allclose(array, array.astype(int))
+    if array.min() < 0 or array.max() > (255 if whole else 1):
+        raise InputError(f"pixels must be 0 to 255, or fractions 0 to 1, not {array.min()} to {array.max()}")
+    return not whole
+
+
+def _scaled(array: "np.ndarray[Any, Any]", factor: float) -> "np.ndarray[Any, Any]":
+    # In double precision first: a float32 product differs from transformers' in the last bit.
+    return (array.astype(np.float64) * factor).astype(np.float32)

@@ -88,7 +88,7 @@ class ResidentModel(Generic[ModelT]):
         projections = [
             p for layer in attending for p in (layer.crossattention.self.key, layer.crossattention.self.value)
         ]
-        # One matrix for the keys and values of all layers: one large product per image instead of 2 * layers small ones.
+        # One matrix for the keys and values of all layers: one large product, not 2 * layers small ones.
         self._cross_weight = torch.cat([p.weight for p in projections]).detach()
         self._cross_bias = torch.cat([p.bias for p in projections]).detach()
 
@@ -98,9 +98,9 @@ class ResidentModel(Generic[ModelT]):
 
     def _normalised_levels(self) -> Tensor:
         """(3, 256): what the processor makes of each 8-bit level of each channel, bit for bit."""
-        levels = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)  # one row of 256 gray pixels
+        levels = np.repeat(np.arange(256, dtype=np.uint8)[None, None], 3, axis=0)  # (3, 1, 256): a row of gray pixels
         pixels = self.processor.image_processor(levels, return_tensors="pt", do_resize=False).pixel_values
-        return pixels[0, :, 0]  # type: ignore[no-any-return]
+        return pixels[0, :, 0]
 
     @torch.inference_mode()
     def encode_images(self, pixels: Sequence[Pixels]) -> ImageStates:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .contract import JobSpec, JobState
 
 DEMO_TASKS: Final = ("caption", "vqa", "itm")
-_SHOWN: Final = 5  # rows of each task in the demo's table
+_SHOWN: Final = 4  # rows of each task in the demo's table
 
 Workers = Annotated[int, typer.Option(min=1, max=64, help="Worker processes on this machine; each holds the model.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [BLIP_DEVICE].")]
@@ -219,7 +219,7 @@ def _print_demo(specs: "Sequence[JobSpec]", summaries: Sequence[dict[str, Any]])
             right, total = right + agrees, total + 1
             if total <= _SHOWN:
                 asked = record["input"].get("question") or record["input"].get("text") or ""
-                table.add_row(spec.task, record["image"], asked, expected, said, "✓" if agrees else "✗")
+                table.add_row(spec.task, Path(record["image"]).name, asked, expected, said, "✓" if agrees else "✗")
         table.add_section()
         speed = summary["images_per_second"]
         rate = f", {speed:.0f} rows/s" if speed else ""

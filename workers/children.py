@@ -80,6 +80,7 @@ class Supervisor:
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._selector = selectors.DefaultSelector()
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._woken = False
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -126,13 +127,16 @@ class Supervisor:
     def _call(self, function: Callable[[], None]) -> None:
         """Have `function` run in the supervisor's thread, soon."""
         self._calls.put(function)
-        self._wake()
+        if not self._woken:
+            self._woken = True
+            self._wake()
 
     def _wake(self) -> None:
         with suppress(BlockingIOError, OSError):  # a full pipe has woken it already; a closed one needs no waking
             self._wake_write.send(b"!")
 
     def _run_calls(self) -> None:
+        self._woken = False  # before the queue is emptied: a call that comes meanwhile wakes us once more
         with suppress(BlockingIOError):
             self._wake_read.recv(65536)
         with suppress(Empty):

@@ -242,3 +242,36 @@ def test_a_job_on_s3(cluster: Cluster, s3_server: MotoServer, tmp_path: Path) ->
     errors = open_store("s3://blip/out", cluster.settings).get("errors.jsonl").decode()
     assert "image_not_found" in errors
     assert "uri_not_allowed" in errors
+
+
+def test_redis_killed_and_empty_again_in_mid_job(cluster: Cluster, redis_server: RedisServer, tmp_path: Path) -> None:
+    cluster.start_orchestrator()
+    worker = cluster.start_worker()
+    spec = cluster.submit(simple_job(tmp_path / "in", 120, prompt="order:slow"), tmp_path / "out")
+    cluster.until(spec.id, lambda state: state.chunks_done >= 2)
+    redis_server.kill()
+    time.sleep(0.5)
+    redis_server.start()  # without persistence: it knows nothing
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "summary.json").exists():
+        assert time.monotonic() < deadline, cluster.logs()
+        time.sleep(0.1)
+    assert worker.poll() is None
+    expect_whole(tmp_path / "out", 120)
+
+
+def test_a_cancelled_job_is_let_go(cluster: Cluster, tmp_path: Path) -> None:
+    engine_log = tmp_path / "engine.log"
+    cluster.start_orchestrator()
+    cluster.start_worker(DRY_ENGINE_LOG=str(engine_log))
+    manifest = simple_job(tmp_path / "in", 400, prompt="order:slow")
+    job = cluster.submit(manifest, tmp_path / "out", chunk_rows=200).id
+    cluster.until(job, lambda _: cluster.ledger.in_flight(job)[0] >= 5)
+    assert cluster.ledger.set_status(job, "cancelling")
+    cluster.until(job, lambda state: state.status == "cancelled", 15)
+    time.sleep(4)  # what was in the engine still runs
+    rows = len(engine_log.read_text().splitlines())
+    time.sleep(0.5)
+    assert len(engine_log.read_text().splitlines()) == rows < 400
+    after = cluster.submit(simple_job(tmp_path / "other", 5), tmp_path / "out2").id  # the worker is free again
+    assert cluster.until_ended(after).status == "completed"

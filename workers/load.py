@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from blip_engine.images import ImageLimits, decode_image, resized_pixels
-from orchestrator.fetch import fetch
-
 from blip_engine.errors import ImageError
+from blip_engine.images import ImageLimits, decode_image, resized_pixels
 from orchestrator.errors import FetchError
+from orchestrator.fetch import fetch
 
 from .loader import LoaderLimits
 from .messages import Failure

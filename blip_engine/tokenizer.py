@@ -70,7 +70,8 @@ class BertTokenizer:
         try:
             if (directory / TOKENIZER_FILE).is_file():
                 return cls(Tokenizer.from_file(str(directory / TOKENIZER_FILE)), limit)
-            words = (directory / VOCAB_FILE).read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): it would also split at characters that may be words.
+            words = (directory / VOCAB_FILE).read_text(encoding="utf-8").removesuffix("\n").split("\n")
             vocab = {word: number for number, word in enumerate(words)}
             return cls(wordpiece(vocab, bool(settings.get("do_lower_case", True))), limit)
         except FileNotFoundError:
@@ -89,7 +90,7 @@ class BertTokenizer:
         (folder / VOCAB_FILE).write_text("\n".join(sorted(vocab, key=vocab.__getitem__)) + "\n", encoding="utf-8")
         settings = {
             "tokenizer_class": "BertTokenizer",
-            "do_lower_case": True,
+            "do_lower_case": getattr(self._tokenizer.normalizer, "lowercase", True),
             "model_max_length": self.model_max_length,
             "model_input_names": ["input_ids", "attention_mask"],
             **SPECIAL_TOKENS,
@@ -100,7 +101,13 @@ class BertTokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode_rows(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        """[CLS] words [SEP] of every text, unpadded. InputError when one has more than `limit` tokens."""
+        """[CLS] words [SEP] of every text, unpadded.
+
+        InputError when one has more than `limit` tokens or is no text (half of a surrogate pair is none).
+        """
+        for text in texts:
+            if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(f"{text!r:.60} is no Unicode text")
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         for text, row in zip(texts, rows, strict=True):
             if limit is not None and len(row) > limit:
@@ -126,8 +133,11 @@ class BertTokenizer:
         limit = max_length or self.model_max_length
         if truncation:
             rows = [row if len(row) <= limit else [*row[: limit - 1], self.sep_token_id] for row in rows]
-        widest = max(len(row) for row in rows)
-        width = {False: 0, "do_not_pad": 0, True: widest, "longest": widest, "max_length": limit}[padding]
+        widest = max((len(row) for row in rows), default=0)
+        widths = {False: 0, "do_not_pad": 0, True: widest, "longest": widest, "max_length": limit}
+        if padding not in widths:
+            raise InputError(f"padding must be True, False, 'longest' or 'max_length', not {padding!r}")
+        width = widths[padding]
         ids = [row + [self.pad_token_id] * (width - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
         if alone and return_tensors is None:

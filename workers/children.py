@@ -136,9 +136,9 @@ class Supervisor:
             self._wake_write.send(b"!")
 
     def _run_calls(self) -> None:
-        self._woken = False  # before the queue is emptied: a call that comes meanwhile wakes us once more
         with suppress(BlockingIOError):
             self._wake_read.recv(65536)
+        self._woken = False  # after the byte and before the calls: one that comes from now on wakes us once more
         with suppress(Empty):
             while True:
                 self._calls.get_nowait()()

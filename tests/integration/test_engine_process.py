@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
@@ -68,6 +69,20 @@ def caption(slot: int, text: str) -> list[Caption]:
 
 def test_runs_meet_their_own_pixels(harness: Harness) -> None:
     assert harness.run([(f"t{n}",) for n in range(32)]) == [caption(n, f"t{n}") for n in range(32)]
+
+
+def test_no_submission_of_many_threads_is_lost(harness: Harness) -> None:
+    harness.engine.load_model("m", "caption").result(20)
+
+    def submit_and_wait(slot: int) -> None:
+        for n in range(1500):  # one at a time: each wakes an engine thread that is about to sleep
+            replies: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
+            run = Run("caption:m", "caption", slot, SIZE, (f"t{n}",), options_for("caption"))
+            harness.engine.submit(run, replies, slot)
+            assert replies.get(timeout=10) == (slot, caption(slot, f"t{n}"))
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(submit_and_wait, range(3)))
 
 
 def test_several_texts_of_one_image(harness: Harness) -> None:

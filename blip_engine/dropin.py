@@ -13,15 +13,18 @@ from .requests import GenerationOptions
 _DEFAULT_NEW_TOKENS = 20  # what transformers generates for BLIP when no length is given
 _DEFAULT_TOP_K = 50  # its default when sampling
 _NAMES = (
-    "num_beams do_sample temperature top_k top_p repetition_penalty length_penalty num_return_sequences "
-    "max_length min_length max_new_tokens min_new_tokens"
-).split()
+    *("num_beams", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "length_penalty"),
+    *("num_return_sequences", "max_length", "min_length", "max_new_tokens", "min_new_tokens"),
+)
 
 
-def generation_setup(given: Mapping[str, Any], prompt_lengths: Tensor) -> tuple[GenerationOptions, Limits]:
+def generation_setup(
+    given: Mapping[str, Any], prompt_lengths: Tensor, positions: int
+) -> tuple[GenerationOptions, Limits]:
     """Options and limits of `generate(**given)`, with transformers' defaults and meanings.
 
     `max_length` and `min_length` count the prompt (B,) lengths, the `*_new_tokens` do not and win over them.
+    `positions` is how many tokens the decoder can tell apart. Raises InputError when the lengths leave no room.
     Raises OptionError for an argument that does not exist here.
     """
     values = {name: value for name, value in given.items() if value is not None}
@@ -35,6 +38,9 @@ def generation_setup(given: Mapping[str, Any], prompt_lengths: Tensor) -> tuple[
     values.setdefault("num_beams", 1)
     if values.get("do_sample"):
         values.setdefault("top_k", _DEFAULT_TOP_K)
+    longest = int((prompt_lengths + most).max()) - 1  # the last token is not read
+    if longest > positions:
+        raise InputError(f"prompt and new tokens need {longest} positions, the model has {positions}")
     steps = int(most.max())
     options = GenerationOptions(max_new_tokens=steps, min_new_tokens=min(int(least.max()), steps), **values)
     return options, Limits(most, least, steps)

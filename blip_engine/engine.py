@@ -89,7 +89,7 @@ class Engine:
         """An engine with models by name. A name that is a task says the task; else the checkpoint does."""
         engine = cls(device, precision)
         for name, model in models.items():
-            engine.load_model(name, model, cast(Task, name) if name in TASKS else _task_of(model))
+            engine.load_model(name, model, name if name in TASKS else _task_of(model))
         return engine
 
     def load_model(self, name: str, model: str, task: Task) -> ModelInfo:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .cache import CrossKeys
-from .errors import InputError
 from .logits import LogitRules
 from .requests import GenerationOptions
 from .text import BlipTextLMHeadModel
@@ -93,9 +92,6 @@ def generate(
     rows, device = len(prompt.ids), prompt.ids.device
     if limits is None:
         limits = Limits.uniform(rows, options.max_new_tokens, options.min_new_tokens, device)
-    limit = decoder.config.max_position_embeddings
-    if prompt.ids.shape[1] + limits.steps - 1 > limit:
-        raise InputError(f"a prompt of {prompt.ids.shape[1]} tokens and {limits.steps} new ones exceed {limit}")
     search = _search_for(decoder, prompt, options, limits, uniforms)
     state = _DecoderState(decoder, prompt, memory, limits.steps)
     logits = state.read_prompt()[:, None].expand(-1, search.hypotheses, -1)
@@ -155,7 +151,7 @@ class _DecoderState:
             past_key_values=self._cache,
             logits_to_keep=1,
         )
-        return output.logits[:, -1]  # type: ignore[no-any-return]
+        return output.logits[:, -1]
 
 
 class _Search(Protocol):
@@ -201,10 +197,8 @@ class _TokenSearch:
     def advance(self, logits: Tensor, step: int) -> tuple[Tensor, None]:
         logits = logits.float()
         ruled = self._rules.apply(logits, self._tokens[:, :, :step])
-        if self._uniforms is None:
-            chosen = ruled.argmax(-1)
-        else:
-            chosen = self._rules.draw(ruled, self._uniforms[:, :, step])
+        draws = self._uniforms
+        chosen = ruled.argmax(-1) if draws is None else self._rules.draw(ruled, draws[:, :, step])
         gained = logits.log_softmax(-1).gather(-1, chosen[..., None]).squeeze(-1)
         self._total += gained.masked_fill(self._ended, 0.0)
         chosen = chosen.masked_fill(self._ended, self._pad)

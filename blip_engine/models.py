@@ -109,7 +109,8 @@ class BlipForConditionalGeneration(_BlipPreTrainedModel):
         rows = token_rows(input_ids, attention_mask) if input_ids is not None else [[0, 0]] * len(pixel_values)
         prompts = [[config.bos_token_id, *row[1:-1]] for row in rows]
         prompt = Prompt.of(prompts, config.pad_token_id, pixel_values.device)
-        options, limits = generation_setup(generate_kwargs, prompt.lengths)
+        positions = self.config.text_config.max_position_embeddings
+        options, limits = generation_setup(generate_kwargs, prompt.lengths, positions)
         generated = generate(self.text_decoder, prompt, Memory(states), options, limits)
         return with_prompts(prompts, generated, config.pad_token_id)
 
@@ -172,7 +173,7 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
     def encode_question(self, input_ids: Tensor, attention_mask: Tensor | None, image_states: Tensor) -> Tensor:
         """Questions (B, T) in the light of images (B, S, vision width): (B, T, text width)."""
         output = self.text_encoder(input_ids, attention_mask, encoder_hidden_states=image_states)
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return output.last_hidden_state
 
     @torch.no_grad()
     def generate(
@@ -194,7 +195,8 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
         question = self.encode_question(input_ids, attention_mask, states)
         prompts = [[self.decoder_start_token_id]] * len(question)
         prompt = Prompt.of(prompts, self.decoder_pad_token_id, pixel_values.device)
-        options, limits = generation_setup(generate_kwargs, prompt.lengths)
+        positions = self.config.text_config.max_position_embeddings
+        options, limits = generation_setup(generate_kwargs, prompt.lengths, positions)
         generated = generate(self.text_decoder, prompt, Memory(question, attention_mask), options, limits)
         return with_prompts(prompts, generated, self.decoder_pad_token_id)
 
@@ -251,7 +253,7 @@ class BlipForImageTextRetrieval(_BlipPreTrainedModel):
     def fuse(self, input_ids: Tensor, attention_mask: Tensor | None, image_states: Tensor) -> Tensor:
         """Texts (B, T) in the light of images (B, S, vision width): (B, T, text width)."""
         output = self.text_encoder(input_ids, attention_mask, encoder_hidden_states=image_states)
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return output.last_hidden_state
 
     def project_image(self, image_states: Tensor) -> Tensor:
         """Unit vectors (B, image_text_hidden_size) of images (B, S, vision width)."""

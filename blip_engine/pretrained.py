@@ -42,7 +42,7 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
 
     def __init__(self, config: ConfigT) -> None:
         super().__init__()
-        self.config = config
+        self.config: ConfigT = config
 
     @property
     def device(self) -> torch.device:

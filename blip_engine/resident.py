@@ -6,9 +6,9 @@ of a length rounded up to a multiple of LENGTH_STEP (a text's own length decides
 so a row's result is bit for bit the same alone, in a crowd and at any place in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from .processor import BlipProcessor
 from .requests import Task
-from .text import BlipTextModel
+from .text import BlipTextLayer, BlipTextModel
 
 LENGTH_STEP: Final = 8  # tokens
 
@@ -84,10 +84,9 @@ class ResidentModel(Generic[ModelT]):
         self.image_size = (vision.image_size, vision.image_size)
         self.shapes = Shapes.fitting((vision.image_size // vision.patch_size) ** 2 + 1, device)
         self._levels = self._normalised_levels().to(device, dtype)
-        attending = self._attending_text().encoder.layer
-        projections = [
-            p for layer in attending for p in (layer.crossattention.self.key, layer.crossattention.self.value)
-        ]
+        layers = cast(Iterable[BlipTextLayer], self._attending_text().encoder.layer)
+        attentions = [layer.crossattention.self for layer in layers]
+        projections = [p for attention in attentions for p in (attention.key, attention.value)]
         # One matrix for the keys and values of all layers: one large product, not 2 * layers small ones.
         self._cross_weight = torch.cat([p.weight for p in projections]).detach()
         self._cross_bias = torch.cat([p.bias for p in projections]).detach()

@@ -4,7 +4,8 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic
+from itertools import islice
+from typing import Generic, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .generation import Generated, Memory, Prompt, generate
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from .requests import Answer, Caption, GenerationOptions, Match, Options, Request, Result, Task
 from .resident import ImageStates, ModelT, Pixels, ResidentModel, TextBatch
+from .text import BlipTextLMHeadModel
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,21 @@ class Prepared:
     tokens: list[list[int]]
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """A batch of texts with what they are about."""
+
+    batch: Sequence[Prepared]
+    encoded: ImageStates
+    texts: TextBatch
+    cross: CrossKeys  # of the image of every text
+
+
 class Runner(ABC, Generic[ModelT]):
     """Runs requests of one model, task and options together."""
 
     def __init__(self, resident: ResidentModel[ModelT]) -> None:
-        self.resident = resident
+        self.resident: ResidentModel[ModelT] = resident
         self._text_config = resident.model.config.text_config
 
     def prepare(self, request: Request) -> Prepared:
@@ -45,10 +57,11 @@ class Runner(ABC, Generic[ModelT]):
         return Prepared(request, self._tokenise(request.texts, request.options))
 
     def _tokenise(self, texts: Sequence[str], options: Options) -> list[list[int]]:
-        return self.resident.processor.tokenizer.encode_rows(texts, self._token_limit(options))
+        del options  # of no matter to texts that are only read
+        return self._encode(texts, self._text_config.max_position_embeddings)
 
-    def _token_limit(self, options: Options) -> int:
-        return self._text_config.max_position_embeddings
+    def _encode(self, texts: Sequence[str], limit: int) -> list[list[int]]:
+        return self.resident.processor.tokenizer.encode_rows(texts, limit)
 
     @torch.inference_mode()
     def run(self, batch: Sequence[Prepared]) -> list[list[Result]]:
@@ -56,33 +69,29 @@ class Runner(ABC, Generic[ModelT]):
         encoded = self.resident.encode_images([entry.request.pixels for entry in batch])
         owners = [image for image, entry in enumerate(batch) for _ in entry.tokens]
         rows = [tokens for entry in batch for tokens in entry.tokens]
-        results: list[Result | None] = [None] * len(rows)
+        results: dict[int, Result] = {}
         for texts in self.resident.text_batches(rows, owners, left=self.pads_left):
-            cross = self.resident.cross_of(encoded, texts.images)
-            found = self._run_texts(encoded, texts, cross, batch)
-            for index, result in zip(texts.rows, found, strict=False):  # the blank texts' results are dropped
-                results[index] = result
-        flat = iter(results)
-        return [[result for _ in entry.tokens if (result := next(flat)) is not None] for entry in batch]
+            found = self._run_texts(_Stage(batch, encoded, texts, self.resident.cross_of(encoded, texts.images)))
+            results.update(zip(texts.rows, found, strict=False))  # the blank texts' results are dropped
+        flat = (results[index] for index in range(len(rows)))
+        return [list(islice(flat, len(entry.tokens))) for entry in batch]
 
     pads_left = False
 
     @abstractmethod
-    def _run_texts(
-        self, encoded: ImageStates, texts: TextBatch, cross: CrossKeys, batch: Sequence[Prepared]
-    ) -> Sequence[Result]:
+    def _run_texts(self, stage: _Stage) -> Sequence[Result]:
         """Results of a batch of texts, the blank ones at the end included or not."""
 
 
 class _Generating(Runner[ModelT]):
     """What captions and answers share."""
 
-    def _generate(self, prompt: Prompt, memory: Memory, texts: TextBatch, batch: Sequence[Prepared]) -> Generated:
-        options = batch[0].request.options
+    def _generate(self, prompt: Prompt, memory: Memory, stage: _Stage) -> Generated:
+        options = stage.batch[0].request.options
         if not isinstance(options, GenerationOptions):
             raise InputError(f"generation takes GenerationOptions, not {type(options).__name__}")
-        uniforms = _uniforms(options, texts, batch).to(self.resident.device) if options.do_sample else None
-        decoder = self.resident.model.text_decoder  # type: ignore[union-attr]
+        uniforms = _uniforms(options, stage).to(self.resident.device) if options.do_sample else None
+        decoder = cast(BlipTextLMHeadModel, self.resident.model.text_decoder)
         return generate(decoder, prompt, memory, options, uniforms=uniforms)
 
     def _decode(self, tokens: Sequence[int]) -> str:
@@ -95,18 +104,16 @@ class CaptionRunner(_Generating[BlipForConditionalGeneration]):
     pads_left = True
 
     def _tokenise(self, texts: Sequence[str], options: Options) -> list[list[int]]:
-        rows = super()._tokenise(texts, options)
+        new = options.max_new_tokens if isinstance(options, GenerationOptions) else 0
+        rows = self._encode(
+            texts, self._text_config.max_position_embeddings + 2 - new
+        )  # [SEP] goes, the last is unread
         return [[self._text_config.bos_token_id, *row[1:-1]] for row in rows]  # [BOS] for [CLS], no [SEP]
 
-    def _token_limit(self, options: Options) -> int:
-        new = options.max_new_tokens if isinstance(options, GenerationOptions) else 0
-        return super()._token_limit(options) + 1 - new  # [SEP] is dropped
-
-    def _run_texts(
-        self, encoded: ImageStates, texts: TextBatch, cross: CrossKeys, batch: Sequence[Prepared]
-    ) -> Sequence[Result]:
+    def _run_texts(self, stage: _Stage) -> Sequence[Result]:
+        texts = stage.texts
         prompt = Prompt(texts.ids, texts.mask if texts.ids.shape[1] > 1 else None)
-        generated = self._generate(prompt, Memory(None, None, cross), texts, batch)
+        generated = self._generate(prompt, Memory(None, None, stage.cross), stage)
         ids, masks = texts.ids.tolist(), texts.mask.tolist()
         prompts = [[i for i, kept in zip(row, mask, strict=True) if kept] for row, mask in zip(ids, masks, strict=True)]
         return [
@@ -122,13 +129,11 @@ class CaptionRunner(_Generating[BlipForConditionalGeneration]):
 class AnswerRunner(_Generating[BlipForQuestionAnswering]):
     """Answers to questions."""
 
-    def _run_texts(
-        self, encoded: ImageStates, texts: TextBatch, cross: CrossKeys, batch: Sequence[Prepared]
-    ) -> Sequence[Result]:
-        encoder = self.resident.model.text_encoder
-        question = encoder(texts.ids, texts.mask, past_key_values=encoder.new_cache(0, cross)).last_hidden_state
+    def _run_texts(self, stage: _Stage) -> Sequence[Result]:
+        encoder, texts = self.resident.model.text_encoder, stage.texts
+        question = encoder(texts.ids, texts.mask, past_key_values=encoder.new_cache(0, stage.cross)).last_hidden_state
         bos = torch.full((len(texts.ids), 1), self._text_config.bos_token_id, device=self.resident.device)
-        generated = self._generate(Prompt(bos, None), Memory(question, texts.mask), texts, batch)
+        generated = self._generate(Prompt(bos, None), Memory(question, texts.mask), stage)
         return [self._answer(hypotheses) for hypotheses in _hypotheses(generated, len(texts.rows))]
 
     def _answer(self, hypotheses: list[tuple[tuple[int, ...], float]]) -> Answer:
@@ -139,14 +144,12 @@ class AnswerRunner(_Generating[BlipForQuestionAnswering]):
 class MatchRunner(Runner[BlipForImageTextRetrieval]):
     """Matching probability and contrastive similarity."""
 
-    def _run_texts(
-        self, encoded: ImageStates, texts: TextBatch, cross: CrossKeys, batch: Sequence[Prepared]
-    ) -> Sequence[Result]:
-        model = self.resident.model
-        encoder = model.text_encoder
-        fused = encoder(texts.ids, texts.mask, past_key_values=encoder.new_cache(0, cross)).last_hidden_state
+    def _run_texts(self, stage: _Stage) -> Sequence[Result]:
+        model, texts = self.resident.model, stage.texts
+        cache = model.text_encoder.new_cache(0, stage.cross)
+        fused = model.text_encoder(texts.ids, texts.mask, past_key_values=cache).last_hidden_state
         matches = model.itm_head(fused[:, 0]).float().softmax(-1)[:, 1]
-        images = model.project_image(encoded.states).float()[texts.images]
+        images = model.project_image(stage.encoded.states).float()[texts.images]
         similarity = (images * self._project_texts(texts)).sum(-1)
         return [Match(*pair) for pair in zip(matches.tolist(), similarity.tolist(), strict=True)]
 
@@ -163,7 +166,7 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (N, projection) float32. Raises InputError for a text that is too long."""
-        rows = self.resident.processor.tokenizer.encode_rows(texts, self._text_config.max_position_embeddings)
+        rows = self._encode(texts, self._text_config.max_position_embeddings)
         vectors = torch.empty(len(rows), self.resident.model.config.image_text_hidden_size)
         for batch in self.resident.text_batches(rows, [0] * len(rows), left=False):
             vectors[batch.rows] = self._project_texts(batch)[: len(batch.rows)].cpu()
@@ -173,7 +176,7 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
 def runner_for(task: Task, resident: ResidentModel[ModelT]) -> "CaptionRunner | AnswerRunner | MatchRunner":
     """The runner of a task, around its model."""
     kinds = {"caption": CaptionRunner, "vqa": AnswerRunner, "itm": MatchRunner}
-    return kinds[task](resident)  # type: ignore[arg-type, return-value]
+    return kinds[task](resident)
 
 
 def _hypotheses(generated: Generated, rows: int) -> list[list[tuple[tuple[int, ...], float]]]:
@@ -185,8 +188,9 @@ def _hypotheses(generated: Generated, rows: int) -> list[list[tuple[tuple[int, .
     ]
 
 
-def _uniforms(options: GenerationOptions, texts: TextBatch, batch: Sequence[Prepared]) -> Tensor:
+def _uniforms(options: GenerationOptions, stage: _Stage) -> Tensor:
     """The draws of every text: of its seed, image and words alone, so that batch-mates change nothing."""
+    texts, batch = stage.texts, stage.batch
     uniforms = torch.zeros(len(texts.ids), options.num_return_sequences, options.max_new_tokens)
     owners, places = texts.images.tolist(), _places(batch)
     for place, index in enumerate(texts.rows):

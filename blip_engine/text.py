@@ -6,7 +6,7 @@ https://arxiv.org/abs/1810.04805.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class BlipTextEmbeddings(nn.Module):
             if total > limit:
                 raise InputError(f"{total} tokens are more than the model's {limit} positions; shorten the text")
             position_ids = torch.arange(past, total, device=words.device)[None]
-        return cast(Tensor, self.dropout(self.LayerNorm(words + self.position_embeddings(position_ids))))
+        return self.dropout(self.LayerNorm(words + self.position_embeddings(position_ids)))
 
 
 @dataclass
@@ -102,7 +102,7 @@ class BlipTextSelfOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
-        return cast(Tensor, self.LayerNorm(self.dropout(self.dense(states)) + residual))
+        return self.LayerNorm(self.dropout(self.dense(states)) + residual)
 
 
 class BlipTextAttention(nn.Module):
@@ -158,10 +158,12 @@ class BlipTextLayer(nn.Module):
     def _cross_keys(self, source: _Source) -> tuple[Tensor, Tensor]:
         if source.cache is not None and (held := source.cache.cross[self.index]) is not None:
             return held
+        if source.encoder_states is None:
+            raise ValueError("a cache holds the cross-attention of all layers or of none")
         projected = self.crossattention.self.project(source.encoder_states)
         if source.cache is not None:
             source.cache.cross[self.index] = projected
-        return cast(tuple[Tensor, Tensor], projected)
+        return projected
 
 
 class BlipTextEncoder(nn.Module):
@@ -180,7 +182,7 @@ class BlipTextPooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, states: Tensor) -> Tensor:
-        return cast(Tensor, self.dense(states[:, 0]).tanh())
+        return self.dense(states[:, 0]).tanh()
 
 
 class BlipTextModel(PreTrainedModel[BlipTextConfig]):
@@ -287,7 +289,7 @@ class BlipTextPredictionHeadTransform(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, states: Tensor) -> Tensor:
-        return cast(Tensor, self.LayerNorm(self.activation(self.dense(states))))
+        return self.LayerNorm(self.activation(self.dense(states)))
 
 
 class BlipTextLMPredictionHead(nn.Module):
@@ -300,7 +302,7 @@ class BlipTextLMPredictionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, states: Tensor) -> Tensor:
-        return cast(Tensor, self.decoder(self.transform(states)))
+        return self.decoder(self.transform(states))
 
 
 class BlipTextOnlyMLMHead(nn.Module):
@@ -311,7 +313,7 @@ class BlipTextOnlyMLMHead(nn.Module):
         self.predictions = BlipTextLMPredictionHead(config)
 
     def forward(self, states: Tensor) -> Tensor:
-        return cast(Tensor, self.predictions(states))
+        return self.predictions(states)
 
 
 class BlipTextLMHeadModel(PreTrainedModel[BlipTextConfig]):

@@ -1,6 +1,6 @@
 """The vision transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) with BLIP's tensor names."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class BlipMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, states: Tensor) -> Tensor:
-        return cast(Tensor, self.fc2(self.activation(self.fc1(states))))
+        return self.fc2(self.activation(self.fc1(states)))
 
 
 class BlipEncoderLayer(nn.Module):

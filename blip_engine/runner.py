@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Generic, cast
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from .generation import Generated, Memory, Prompt, generate
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from .requests import Answer, Caption, GenerationOptions, Match, Options, Request, Result, Task
 from .resident import ImageStates, ModelT, Pixels, ResidentModel, TextBatch
-from .text import BlipTextLMHeadModel
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,7 @@ class _Generating(Runner[ModelT]):
         if not isinstance(options, GenerationOptions):
             raise InputError(f"generation takes GenerationOptions, not {type(options).__name__}")
         uniforms = _uniforms(options, stage).to(self.resident.device) if options.do_sample else None
-        decoder = cast(BlipTextLMHeadModel, self.resident.model.text_decoder)
-        return generate(decoder, prompt, memory, options, uniforms=uniforms)
+        return generate(self.resident.model.text_decoder, prompt, memory, options, uniforms=uniforms)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self.resident.processor.tokenizer.decode(tokens, skip_special_tokens=True)

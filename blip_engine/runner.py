@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Generic
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -82,7 +82,10 @@ class Runner(ABC, Generic[ModelT]):
         """Results of a batch of texts, the blank ones at the end included or not."""
 
 
-class _Generating(Runner[ModelT]):
+GeneratingT = TypeVar("GeneratingT", BlipForConditionalGeneration, BlipForQuestionAnswering)
+
+
+class _Generating(Runner[GeneratingT]):
     """What captions and answers share."""
 
     def _generate(self, prompt: Prompt, memory: Memory, stage: _Stage) -> Generated:

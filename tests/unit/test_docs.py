@@ -1,0 +1,54 @@
+"""The README tells of everything there is: commands, flags, settings, options, error codes, records."""
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import typer.main
+
+from blip_engine.requests import TASKS, option_names
+from orchestrator.cli import app
+from orchestrator.contract import ErrorCode
+from orchestrator.settings import Settings
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_its_section(name: str) -> None:
+    assert re.search(rf"^### .*`blip-batch {name}\b", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_flag_is_explained(name: str) -> None:
+    flags = [flag for parameter in COMMANDS[name].params for flag in parameter.opts if flag.startswith("--")]
+    missing = [flag for flag in flags if not re.search(rf"`{re.escape(flag)}\b", README) and flag != "--help"]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", sorted(Settings.model_fields))
+def test_every_setting_is_explained(name: str) -> None:
+    assert re.search(rf"^\| `BLIP_{name.upper()}` \| .+ \| .+ \|$", README, re.MULTILINE)
+
+
+def test_no_setting_is_explained_that_does_not_exist() -> None:
+    told = set(re.findall(r"^\| `BLIP_(\w+)` ", README, re.MULTILINE))
+    assert told == {name.upper() for name in Settings.model_fields} | {"REDIS_BINARY"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_and_option_is_explained(task: str) -> None:
+    assert f"| `{task}` |" in README
+    for option in option_names(task):
+        assert f"`{option}`" in README
+
+
+def test_every_error_code_is_listed() -> None:
+    listed = README.split("Error codes:")[1].split(".")[0]
+    assert set(re.findall(r"[a-z_]+", listed)) == set(get_args(ErrorCode))
+
+
+def test_nothing_waits_to_be_filled_in() -> None:
+    assert "@@" not in README

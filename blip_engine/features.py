@@ -20,12 +20,15 @@ class BatchFeature(UserDict[str, Any]):
         except KeyError:
             raise AttributeError(f"no {name!r} here; there is: {', '.join(self.data)}") from None
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move tensors as `Tensor.to` does; a dtype is applied to floating-point tensors only."""
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+    def to(
+        self, device: torch.device | torch.dtype | str | int | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Move tensors to a device, a dtype (floating-point tensors only) or both; in place."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         for name, value in self.data.items():
             if isinstance(value, Tensor):
-                self.data[name] = value.to(device, dtype if value.is_floating_point() else None)
+                self.data[name] = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
         return self
 
 

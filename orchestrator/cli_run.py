@@ -209,7 +209,7 @@ def _print_demo(specs: "Sequence[JobSpec]", summaries: Sequence[dict[str, Any]])
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(title="Held-out drawings, the bundled checkpoints")
-    for column in ("task", "image", "asked", "expected", "result", ""):
+    for column in ("task", "image", "asked", "result", ""):
         table.add_column(column, overflow="fold")
     lines = []
     for spec, summary in zip(specs, summaries, strict=True):
@@ -219,7 +219,8 @@ def _print_demo(specs: "Sequence[JobSpec]", summaries: Sequence[dict[str, Any]])
             right, total = right + agrees, total + 1
             if total <= _SHOWN:
                 asked = record["input"].get("question") or record["input"].get("text") or ""
-                table.add_row(spec.task, Path(record["image"]).name, asked, expected, said, "✓" if agrees else "✗")
+                verdict = "✓" if agrees else f"✗ {expected}"  # what was expected, where it is not what came
+                table.add_row(spec.task, Path(record["image"]).name, asked, said, verdict)
         table.add_section()
         speed = summary["images_per_second"]
         rate = f", {speed:.0f} rows/s" if speed else ""

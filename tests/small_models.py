@@ -6,20 +6,26 @@ from typing import Any
 import torch
 
 from blip_engine import (
+    BertTokenizer,
     BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
     BlipImageProcessor,
-    BertTokenizer,
 )
 from blip_engine.requests import Task
 from blip_engine.tokenizer import wordpiece
 
-WORDS = (
-    "[PAD] [UNK] [CLS] [SEP] [MASK] a the is are how many what red blue green dog cat dogs cats picture of photo on "
-    "in this left right yes no one two three ? , . ##s ##ing run sit"
-).split()
+#: On matrices of this size threads cost more in waiting for each other than they give, on a busy machine tenfold.
+torch.set_num_threads(1)
+
+# fmt: off
+WORDS = [
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "is", "are", "how", "many", "what", "red", "blue",
+    "green", "dog", "cat", "dogs", "cats", "picture", "of", "photo", "on", "in", "this", "left", "right", "yes", "no",
+    "one", "two", "three", "?", ",", ".", "##s", "##ing", "run", "sit",
+]
+# fmt: on
 CLASSES = {
     "caption": BlipForConditionalGeneration,
     "vqa": BlipForQuestionAnswering,

@@ -22,6 +22,7 @@ from .errors import BlipBatchError, JobError, ManifestError, RedisUnavailable, S
 from .finalizer import finalize, present_chunks
 from .jobs import claim_output, complete_job_record
 from .ledger import Ledger, StaleEpochError
+from .manifest import require_rows
 from .parts import PartInfo, describe, part_key
 from .plan import Plan, load_plan, make_plan
 from .settings import Settings
@@ -229,6 +230,8 @@ class Controller:
     def _prepare(self, spec: JobSpec, epoch: str) -> None:
         """validating → in_progress: the plan, made or found, and what storage holds of the work."""
         store = open_store(spec.output, self.settings)
+        if load_plan(store, self.settings) is None:  # a manifest that cannot be read must not claim the output
+            require_rows(spec.manifest, spec.manifest_format, self.settings)
         record = claim_output(spec, store)
         plan = make_plan(spec, store, self.settings)
         self._plans[spec.id] = plan

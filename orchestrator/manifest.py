@@ -99,6 +99,22 @@ def open_manifest(
     return store, key, info.etag, info.size, detect(uri, head, given)
 
 
+def require_rows(uri: str, given: ManifestFormat | None, settings: Settings) -> None:
+    """Raises ManifestError unless the manifest can be read, is of a known format and is not empty."""
+    if not is_folder(uri, given):
+        open_manifest(uri, given, settings)
+    elif not any(_is_image(info.key) for info in open_store(uri, settings).list()):
+        raise _no_images(uri)
+
+
+def _is_image(key: str) -> bool:
+    return key.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _no_images(uri: str) -> ManifestError:
+    return ManifestError(f"{uri}: no images below it ({' '.join(IMAGE_SUFFIXES)})")
+
+
 @contextmanager
 def staged_listing(uri: str, settings: Settings) -> Iterator[tuple[Path, str]]:
     """The images below a folder or prefix as a temporary JSON Lines file, with the sha256 of its content."""
@@ -106,13 +122,13 @@ def staged_listing(uri: str, settings: Settings) -> Iterator[tuple[Path, str]]:
     digest = hashlib.sha256()
     with tempfile.NamedTemporaryFile(prefix="blip-listing-") as file:
         for info in store.list():
-            if info.key.lower().endswith(IMAGE_SUFFIXES):
+            if _is_image(info.key):
                 line = json.dumps({"image": store.uri(info.key) if is_s3(uri) else info.key}).encode() + b"\n"
                 digest.update(line)
                 file.write(line)
         file.flush()
         if file.tell() == 0:
-            raise ManifestError(f"{uri}: no images below it ({' '.join(IMAGE_SUFFIXES)})")
+            raise _no_images(uri)
         yield Path(file.name), digest.hexdigest()
 
 

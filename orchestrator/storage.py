@@ -118,14 +118,14 @@ class LocalStore(Store):
 
     def put(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:  # noqa: ARG002
         path = self._path(key)
-        with _errors_of(path), _temporary(path, data) as temporary:
+        with _errors_of(path, writing=True), _temporary(path, data) as temporary:
             temporary.replace(path)
 
     def put_new(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> bool:  # noqa: ARG002
         path = self._path(key)
         if os.path.lexists(path):
             return False
-        with _errors_of(path), _temporary(path, data) as temporary:
+        with _errors_of(path, writing=True), _temporary(path, data) as temporary:
             try:
                 path.hardlink_to(temporary)  # atomic, and refuses to overwrite; rename would not
             except FileExistsError:
@@ -138,7 +138,7 @@ class LocalStore(Store):
 
     def put_file(self, key: str, path: Path) -> None:
         target = self._path(key)
-        with _errors_of(target), path.open("rb") as source, _temporary(target) as temporary:
+        with _errors_of(target, writing=True), path.open("rb") as source, _temporary(target) as temporary:
             with temporary.open("wb") as file:
                 while block := source.read(2**20):
                     file.write(block)
@@ -176,11 +176,13 @@ def _etag(info: os.stat_result) -> str:
 
 
 @contextlib.contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
+def _errors_of(path: Path, writing: bool = False) -> Iterator[None]:
     """OSErrors of the block become StorageErrors that name the path."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
+        if writing:
+            raise StorageError(f"{path} cannot be written: {error.strerror}; choose another output") from error
         raise ObjectNotFound(f"{path} does not exist") from error
     except PermissionError as error:
         raise AccessDenied(f"{path}: permission denied") from error

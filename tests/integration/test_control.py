@@ -129,6 +129,7 @@ def test_a_bad_manifest_fails_at_once(
     assert state.error["code"] == code
     assert says in state.error["message"]
     assert str(tmp_path / "m") in state.error["message"]
+    assert not (tmp_path / "out").exists()  # still free for the right manifest
 
 
 def test_an_output_that_cannot_be_written(

@@ -62,7 +62,8 @@ def test_caption() -> None:
 @torch.no_grad()
 def test_question_answering() -> None:
     ours, theirs = base("vqa", 789, 361.2)
-    mine, other = ours(IDS, PIXELS, labels=IDS[:, :4]), theirs(IDS, PIXELS, labels=IDS[:, :4])
+    ids, pixels = IDS[:1], PIXELS[:1]
+    mine, other = ours(ids, pixels, labels=ids[:, :4]), theirs(ids, pixels, labels=ids[:, :4])
     assert_close(mine.loss, other.loss)
     assert_close(mine.image_embeds, other.image_embeds)
     question = torch.randn(2, 6, 768)
@@ -73,7 +74,6 @@ def test_question_answering() -> None:
 @torch.no_grad()
 def test_matching() -> None:
     ours, theirs = base("itm", 472, 223.7)
-    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
-    for head in (True, False):
-        given = {"use_itm_head": head, "attention_mask": mask}
-        assert_close(ours(IDS, PIXELS, **given).itm_score, theirs(IDS, PIXELS, **given).itm_score)
+    pixels, mask = PIXELS[:1], torch.tensor([[1] * 4 + [0] * 2])
+    mine, other = ours(IDS[:1], pixels, attention_mask=mask), theirs(IDS[:1], pixels, attention_mask=mask)
+    assert_close(mine.itm_score, other.itm_score)

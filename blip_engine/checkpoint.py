@@ -67,7 +67,7 @@ def find_checkpoint(model: str | Path, revision: str | None = None, task: Task |
     name = str(model)
     if name == DEMO_MODEL and task is not None:
         return Checkpoint(name, demo_checkpoint(task), None)
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Checkpoint(name, Path(name), None)
     repository, _, pinned = name.partition("@")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:

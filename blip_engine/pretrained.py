@@ -91,8 +91,12 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         """`from_pretrained` for a checkpoint that was already found."""
         config = cls.config_class.from_json_file(checkpoint.directory / CONFIG_FILE)
         tensors = {k: v for k, v in checkpoint.read().items() if not k.endswith(".position_ids")}
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except (TypeError, ValueError, RuntimeError) as error:
+            line = str(error).splitlines()[0]
+            raise CheckpointError(f"{checkpoint.source}: {CONFIG_FILE} describes no model: {line}") from None
         check_tensors(checkpoint.source, model.state_dict(), tensors, model.tied_weights)
         twins = {alias: source for alias, source in model.tied_weights.items() if _is_twin(tensors, alias, source)}
         model.load_state_dict(tensors | {alias: tensors[source] for alias, source in twins.items()}, assign=True)
@@ -134,7 +138,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise CheckpointError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
     return found
 

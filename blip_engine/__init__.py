@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .config import BlipConfig as BlipConfig
     from .config import BlipTextConfig as BlipTextConfig
     from .config import BlipVisionConfig as BlipVisionConfig
+    from .contrastive import BlipModel as BlipModel
     from .engine import Engine as Engine
     from .engine import ModelInfo as ModelInfo
     from .image_processor import BlipImageProcessor as BlipImageProcessor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "config": ("BlipConfig", "BlipTextConfig", "BlipVisionConfig"),
+    "contrastive": ("BlipModel",),
     "engine": ("Engine", "ModelInfo"),
     "image_processor": ("BlipImageProcessor", "BlipImageProcessorPil"),
     "models": ("BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering"),

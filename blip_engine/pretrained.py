@@ -91,6 +91,7 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         """`from_pretrained` for a checkpoint that was already found."""
         config = cls.config_class.from_json_file(checkpoint.directory / CONFIG_FILE)
         tensors = {k: v for k, v in checkpoint.read().items() if not k.endswith(".position_ids")}
+        tensors = cls.adapted(checkpoint.source, config, tensors)
         try:
             with torch.device("meta"):
                 model = cls(config)
@@ -102,6 +103,11 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         model.load_state_dict(tensors | {alias: tensors[source] for alias, source in twins.items()}, assign=True)
         model.tie_weights(twins)
         return model.to(device=_device(device_map), dtype=_dtype(dtype)).eval()
+
+    @classmethod
+    def adapted(cls, source: str, config: ConfigT, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG003
+        """The tensors of another model's checkpoint as this one names them; here: none is taken for another's."""
+        return dict(tensors)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, as transformers reads them; tied twins are left out."""

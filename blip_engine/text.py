@@ -269,7 +269,7 @@ class BlipTextModel(PreTrainedModel[BlipTextConfig]):
             past_key_values=source.cache,
             hidden_states=tuple(hidden) if keep_hidden else None,
             attentions=tuple(attentions) if source.weights else None,
-            cross_attentions=tuple(crosses) if source.weights and source.crosses else None,
+            cross_attentions=tuple(crosses if source.crosses else ()) if source.weights else None,
         )
 
 

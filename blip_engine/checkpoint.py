@@ -6,9 +6,12 @@ is preferred; `.bin` files are read with `weights_only=True`, so they cannot run
 
 import hashlib
 import json
+import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -76,16 +79,21 @@ def find_checkpoint(model: str | Path, revision: str | None = None, task: Task |
 
 
 def _from_hub(source: str, repository: str, revision: str | None) -> Checkpoint:
+    directory = fetch_from_hub(source, repository, revision, (*_SIDE_FILES, "*.safetensors"))
+    if not any(directory.glob("*.safetensors")):
+        directory = fetch_from_hub(source, repository, revision, (*_SIDE_FILES, "pytorch_model*.bin"))
+    if not (directory / CONFIG_FILE).is_file():
+        raise CheckpointError(f"model {source!r} holds no {CONFIG_FILE}; is it a BLIP checkpoint?")
+    return Checkpoint(source, directory, directory.name)
+
+
+def fetch_from_hub(source: str, repository: str, revision: str | None, patterns: Iterable[str]) -> Path:
+    """The directory in huggingface_hub's cache with a repository's files of these patterns. Raises CheckpointError."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415  # slow to import, and a directory needs none of it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
-    def fetch(patterns: Iterable[str]) -> Path:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
-
     try:
-        directory = fetch((*_SIDE_FILES, "*.safetensors"))
-        if not any(directory.glob("*.safetensors")):
-            directory = fetch((*_SIDE_FILES, "pytorch_model*.bin"))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except LocalEntryNotFoundError:
         raise CheckpointError(
             f"model {source!r} is not in the local cache and the hub cannot be reached; "
@@ -94,9 +102,6 @@ def _from_hub(source: str, repository: str, revision: str | None) -> Checkpoint:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"model {source!r} cannot be fetched from the hub: {line}") from None
-    if not (directory / CONFIG_FILE).is_file():
-        raise CheckpointError(f"model {source!r} holds no {CONFIG_FILE}; is it a BLIP checkpoint?")
-    return Checkpoint(source, directory, directory.name)
 
 
 def check_tensors(
@@ -132,14 +137,32 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        return as_tensors(path, read_pickle(path))
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        return load_file(path)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # pickle raises whatever the bytes make it raise; the file is refused either way
-        raise CheckpointError(f"{path} is refused: {str(error).splitlines()[0]}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path} holds no dictionary of tensors")
-    return tensors
+
+
+def as_tensors(path: Path, value: Any) -> dict[str, Tensor]:
+    """`value`, read from `path`, if it is a dictionary of tensors by name. Raises CheckpointError."""
+    if isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
+        return value
+    raise CheckpointError(f"{path} holds no dictionary of tensors")
+
+
+def read_pickle(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU. Only tensors and plain values are read, so the file cannot run code.
+
+    Raises CheckpointError.
+    """
+    try:
+        mapped = zipfile.is_zipfile(path)  # files older than torch 1.6 are not, and cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # the bytes decide what is raised. torch's text advises to load the file unsafely
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {foreign[1]}, which could run code" if foreign else "it is no whole torch file"
+        raise CheckpointError(f"{path} is refused: {what}; only tensors and plain values are read") from None

@@ -1,5 +1,6 @@
 """The vision transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) with BLIP's tensor names."""
 
+import math
 from typing import Any
 
 import torch
@@ -44,11 +45,15 @@ class BlipVisionEmbeddings(nn.Module):
 
     def interpolated_positions(self, height: int, width: int) -> Tensor:
         """The learned positions, bicubically resized to another image size in pixels: (1, 1 + patches, width)."""
-        side = self.image_size // self.patch_size
-        grid = self.position_embedding[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        size = (height // self.patch_size, width // self.patch_size)
-        grid = F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
-        return torch.cat([self.position_embedding[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        return resized_positions(self.position_embedding, height // self.patch_size, width // self.patch_size)
+
+
+def resized_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
+    """Learned positions (1, 1 + side * side, width), bicubically to (1, 1 + rows * columns, width); the first stays."""
+    side = math.isqrt(positions.shape[1] - 1)
+    grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
 class BlipAttention(nn.Module):

@@ -113,6 +113,7 @@ class Engine:
     def submit(self, request: Request) -> "Future[list[Result]]":
         """Queue a request; the future gives one result per text, or an InputError, or EngineClosedError."""
         future: Future[list[Result]] = Future()
+        future.set_running_or_notify_cancel()  # a cancelled one would refuse its result and end the engine's thread
         try:
             runner = self._runner(request.model, request.task)
             entry = _Entry(runner.prepare(request), future, runner.resident.shapes.texts)

@@ -7,30 +7,57 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, OptionError
-from .generation import Generated, Limits
+from .generation import Extras, Generated, Limits, Memory, Prompt, generate
+from .outputs import GenerateOutput
 from .requests import GenerationOptions
+from .text import BlipTextLMHeadModel
 
 _DEFAULT_NEW_TOKENS = 20  # what transformers generates for BLIP when no length is given
 _DEFAULT_TOP_K = 50  # its default when sampling
-_NAMES = (
+_OPTIONS = (
     *("num_beams", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "length_penalty"),
     *("num_return_sequences", "max_length", "min_length", "max_new_tokens", "min_new_tokens"),
 )
+_EXTRAS = ("early_stopping", "no_repeat_ngram_size", "output_scores", "return_dict_in_generate", "generator")
 
 
-def generation_setup(
-    given: Mapping[str, Any], prompt_lengths: Tensor, positions: int
+def decode(
+    decoder: BlipTextLMHeadModel, prompts: Sequence[Sequence[int]], memory: Memory, given: Mapping[str, Any]
+) -> Any:
+    """`generate(**given)` as transformers means it: prompts (B) go on to ids (B * num_return_sequences, T).
+
+    Prompt included, padded on the right; with `return_dict_in_generate` a GenerateOutput.
+    Raises OptionError for an argument that does not exist here, or has a value it cannot have.
+    """
+    config = decoder.config
+    values = {name: value for name, value in given.items() if value is not None}
+    unknown = [name for name in values if name not in _OPTIONS + _EXTRAS]
+    if unknown:
+        raise OptionError(f"generate() has no argument {unknown[0]!r}; it has: {', '.join(_OPTIONS + _EXTRAS)}")
+    wanted = {name: values.pop(name) for name in _EXTRAS if name in values}
+    prompt = Prompt.of(prompts, config.pad_token_id, decoder.device)
+    options, limits = _options_and_limits(values, prompt.lengths, config.max_position_embeddings)
+    extras = _extras(wanted)
+    uniforms = _uniforms(wanted.get("generator"), len(prompts), options, limits)
+    generated = generate(decoder, prompt, memory, options, limits, uniforms, extras)
+    sequences = _with_prompts(prompts, generated, config.pad_token_id)
+    if not wanted.get("return_dict_in_generate"):
+        return sequences
+    return GenerateOutput(
+        sequences=sequences,
+        sequences_scores=generated.scores.flatten() if extras.record and options.num_beams > 1 else None,
+        scores=tuple(step.flatten(0, 1) for step in extras.recorded) if extras.record else None,
+    )
+
+
+def _options_and_limits(
+    values: dict[str, Any], prompt_lengths: Tensor, positions: int
 ) -> tuple[GenerationOptions, Limits]:
-    """Options and limits of `generate(**given)`, with transformers' defaults and meanings.
+    """Options and limits with transformers' defaults and meanings.
 
     `max_length` and `min_length` count the prompt (B,) lengths, the `*_new_tokens` do not and win over them.
     `positions` is how many tokens the decoder can tell apart. Raises InputError when the lengths leave no room.
-    Raises OptionError for an argument that does not exist here.
     """
-    values = {name: value for name, value in given.items() if value is not None}
-    unknown = [name for name in values if name not in _NAMES]
-    if unknown:
-        raise OptionError(f"generate() has no argument {unknown[0]!r}; it has: {', '.join(_NAMES)}")
     most = _limit(values, "max_new_tokens", "max_length", prompt_lengths, _DEFAULT_NEW_TOKENS)
     least = _limit(values, "min_new_tokens", "min_length", prompt_lengths, 0).clamp(min=0)
     if int(most.min()) < 1:
@@ -44,6 +71,25 @@ def generation_setup(
     steps = int(most.max())
     options = GenerationOptions(max_new_tokens=steps, min_new_tokens=min(int(least.max()), steps), **values)
     return options, Limits(most, least, steps)
+
+
+def _extras(wanted: Mapping[str, Any]) -> Extras:
+    stopping, ngram = wanted.get("early_stopping", False), wanted.get("no_repeat_ngram_size", 0)
+    if stopping not in (True, False, "never"):
+        raise OptionError(f"option 'early_stopping' must be True, False or 'never', not {stopping!r}")
+    if type(ngram) is not int or ngram < 0:
+        raise OptionError(f"option 'no_repeat_ngram_size' must be 0 (off) or more, not {ngram!r}")
+    record = bool(wanted.get("return_dict_in_generate") and wanted.get("output_scores"))
+    return Extras(early_stopping=stopping, no_repeat_ngram_size=ngram, record=record)
+
+
+def _uniforms(generator: Any, rows: int, options: GenerationOptions, limits: Limits) -> Tensor | None:
+    if generator is None:
+        return None
+    if not isinstance(generator, torch.Generator):
+        raise OptionError(f"option 'generator' must be a torch.Generator, not {generator!r}")
+    shape = (rows, options.num_return_sequences, limits.steps)
+    return torch.rand(shape, generator=generator, device=generator.device).to(limits.most.device)
 
 
 def _limit(values: dict[str, Any], new: str, total: str, prompt_lengths: Tensor, default: int) -> Tensor:
@@ -65,7 +111,7 @@ def token_rows(input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tens
     ]
 
 
-def with_prompts(prompts: Sequence[Sequence[int]], generated: Generated, pad: int) -> Tensor:
+def _with_prompts(prompts: Sequence[Sequence[int]], generated: Generated, pad: int) -> Tensor:
     """Prompt and new tokens of every sequence, (B * sequences, T), padded on the right."""
     rows = [
         [*prompt, *tokens[:length]]

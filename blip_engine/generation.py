@@ -6,8 +6,8 @@ No row looks at another one, so a row's result depends on its own image, prompt 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +75,17 @@ class Limits:
         return cls(torch.full((rows,), most, device=device), torch.full((rows,), least, device=device), most)
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a direct caller may ask for beyond a job's options."""
+
+    #: True: a row ends with its num_beams-th finished beam. "never": only when no beam can become better, however long.
+    early_stopping: bool | Literal["never"] = False
+    no_repeat_ngram_size: int = 0  # no run of this many tokens comes twice; 0: any may
+    record: bool = False  # keep every step's scores
+    recorded: list[Tensor] = field(default_factory=list)  # them, (B, hypotheses, vocabulary) each
+
+
 @torch.no_grad()
 def generate(
     decoder: BlipTextLMHeadModel,
@@ -83,6 +94,7 @@ def generate(
     options: GenerationOptions,
     limits: Limits | None = None,
     uniforms: Tensor | None = None,
+    extras: Extras | None = None,
 ) -> Generated:
     """Decode every row of a batch.
 
@@ -92,7 +104,7 @@ def generate(
     rows, device = len(prompt.ids), prompt.ids.device
     if limits is None:
         limits = Limits.uniform(rows, options.max_new_tokens, options.min_new_tokens, device)
-    search = _search_for(decoder, prompt, options, limits, uniforms)
+    search = _search_for(decoder, prompt, options, limits, uniforms, extras or Extras())
     state = _DecoderState(decoder, prompt, memory, limits.steps)
     logits = state.read_prompt()[:, None].expand(-1, search.hypotheses, -1)
     state.fan_out(search.hypotheses)
@@ -169,27 +181,39 @@ class _Search(Protocol):
 
 
 def _search_for(
-    decoder: BlipTextLMHeadModel, prompt: Prompt, options: GenerationOptions, limits: Limits, uniforms: Tensor | None
+    decoder: BlipTextLMHeadModel,
+    prompt: Prompt,
+    options: GenerationOptions,
+    limits: Limits,
+    uniforms: Tensor | None,
+    extras: Extras,
 ) -> _Search:
     end, pad = decoder.config.sep_token_id, decoder.config.pad_token_id
-    rules = LogitRules(options, prompt.ids, prompt.mask, limits.least, end)
+    rules = LogitRules(options, prompt.ids, prompt.mask, limits.least, end, extras.no_repeat_ngram_size)
     if options.num_beams > 1:
-        return _BeamSearch(rules, options, limits, end, pad)
+        return _BeamSearch(rules, options, limits, end, pad, extras)
     if options.do_sample and uniforms is None:
         uniforms = torch.rand(len(prompt.ids), options.num_return_sequences, limits.steps, device=prompt.ids.device)
-    return _TokenSearch(rules, options, limits, end, pad, uniforms if options.do_sample else None)
+    return _TokenSearch(rules, options, limits, end, pad, uniforms if options.do_sample else None, extras)
 
 
 class _TokenSearch:
     """Greedy decoding, or, with `uniforms`, independent samples."""
 
     def __init__(
-        self, rules: LogitRules, options: GenerationOptions, limits: Limits, end: int, pad: int, uniforms: Tensor | None
+        self,
+        rules: LogitRules,
+        options: GenerationOptions,
+        limits: Limits,
+        end: int,
+        pad: int,
+        uniforms: Tensor | None,
+        extras: Extras,
     ) -> None:
         rows, device = len(limits.most), limits.most.device
         self.hypotheses = options.num_return_sequences
         self._rules, self._limits, self._end, self._pad, self._uniforms = rules, limits, end, pad, uniforms
-        self._penalty = options.length_penalty
+        self._penalty, self._extras = options.length_penalty, extras
         self._tokens = torch.full((rows, self.hypotheses, limits.steps), pad, device=device)
         self._total = torch.zeros(rows, self.hypotheses, device=device)
         self._ended = torch.zeros(rows, self.hypotheses, dtype=torch.bool, device=device)
@@ -199,6 +223,8 @@ class _TokenSearch:
         ruled = self._rules.apply(logits, self._tokens[:, :, :step])
         draws = self._uniforms
         chosen = ruled.argmax(-1) if draws is None else self._rules.draw(ruled, draws[:, :, step])
+        if self._extras.record:
+            self._extras.recorded.append(ruled.clone() if draws is None else self._rules.warped(ruled))
         gained = logits.log_softmax(-1).gather(-1, chosen[..., None]).squeeze(-1)
         self._total += gained.masked_fill(self._ended, 0.0)
         chosen = chosen.masked_fill(self._ended, self._pad)
@@ -221,10 +247,13 @@ class _BeamSearch:
     running score, normalised by the current length, cannot beat its worst finished one.
     """
 
-    def __init__(self, rules: LogitRules, options: GenerationOptions, limits: Limits, end: int, pad: int) -> None:
+    def __init__(
+        self, rules: LogitRules, options: GenerationOptions, limits: Limits, end: int, pad: int, extras: Extras
+    ) -> None:
         rows, device, beams = len(limits.most), limits.most.device, options.num_beams
         self.hypotheses, self._returned = beams, options.num_return_sequences
         self._rules, self._limits, self._end, self._penalty = rules, limits, end, options.length_penalty
+        self._extras = extras
         self._running = torch.full((rows, beams, limits.steps), pad, device=device)
         self._running_scores = torch.full((rows, beams), _NEVER, device=device)
         self._running_scores[:, 0] = 0.0  # at first all beams are equal: only one of them counts
@@ -236,6 +265,8 @@ class _BeamSearch:
 
     def advance(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
         log_probabilities = self._rules.apply(logits.float().log_softmax(-1), self._running[:, :, :step])
+        if self._extras.record:
+            self._extras.recorded.append(log_probabilities.clone())
         totals = (log_probabilities + self._running_scores[:, :, None]).flatten(1)
         scores, flat = totals.topk(2 * self.hypotheses)
         vocabulary = logits.shape[-1]
@@ -260,10 +291,14 @@ class _BeamSearch:
         self._finished_scores = best.values
 
     def _close_settled(self, length: int) -> None:
-        hope = self._running_scores[:, :1] / length**self._penalty
+        to_the_end = self._extras.early_stopping == "never" and self._penalty > 0
+        reach = self._limits.most[:, None] if to_the_end else length  # at which the best running beam would be best
+        hope = self._running_scores[:, :1] / reach**self._penalty
         worst = self._finished_scores.amin(1, keepdim=True)
         beatable = (hope > torch.where(self._is_finished, worst, _NEVER)).any(1, keepdim=True)
         self._open &= beatable & (length < self._limits.most)[:, None]
+        if self._extras.early_stopping is True:
+            self._open &= ~self._is_finished.all(1, keepdim=True)
 
     def finished(self) -> bool:
         return not self._open.any()

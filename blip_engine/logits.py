@@ -1,27 +1,39 @@
-"""Rules on the next token's logits: repetition penalty, minimum length, and the warps of sampling."""
+"""Rules on the next token's logits: repetition, minimum length, and the warps of sampling."""
 
 import torch
 from torch import Tensor
 
 from .requests import GenerationOptions
 
+_PADDING = -1  # an id that no token has
+
 
 class LogitRules:
     """The rules one batch decodes under, in the order transformers applies them."""
 
     def __init__(
-        self, options: GenerationOptions, prompt_ids: Tensor, prompt_mask: Tensor | None, least: Tensor, end: int
+        self,
+        options: GenerationOptions,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor | None,
+        least: Tensor,
+        end: int,
+        ngram: int = 0,
     ) -> None:
         self._options, self._least, self._end = options, least, end
         self._prompt = prompt_ids
         if prompt_mask is not None:  # padding was not said: let it repeat the last token of the prompt instead
             self._prompt = torch.where(prompt_mask.bool(), prompt_ids, prompt_ids[:, -1:])
         self._any_least = options.min_new_tokens > 0
+        self._ngram = ngram  # no run of this many tokens may come twice; 0: any may
+        self._said = prompt_ids if prompt_mask is None else prompt_ids.masked_fill(prompt_mask == 0, _PADDING)
 
     def apply(self, scores: Tensor, generated: Tensor) -> Tensor:
         """(B, K, vocabulary) logits or log-probabilities, ruled by what (B, K, step) generated tokens say."""
         if self._options.repetition_penalty != 1.0:
             scores = self._penalise_repetition(scores, generated)
+        if self._ngram:
+            scores = self._ban_ngrams(scores, generated)
         if self._any_least:
             too_short = (generated.shape[2] < self._least)[:, None]
             scores = scores.clone()
@@ -35,12 +47,36 @@ class LogitRules:
         of_said = scores.gather(2, said)
         return scores.scatter(2, said, torch.where(of_said < 0, of_said * penalty, of_said / penalty))
 
+    def _ban_ngrams(self, scores: Tensor, generated: Tensor) -> Tensor:
+        said = torch.cat([self._said[:, None].expand(-1, scores.shape[1], -1), generated], dim=2)
+        length, before = said.shape[2], self._ngram - 1
+        if length < self._ngram:
+            return scores
+        runs = said.unfold(2, self._ngram, 1)  # (B, K, runs, ngram)
+        same = (runs[..., :-1] == said[:, :, None, length - before :]).all(-1) & (runs != _PADDING).all(-1)
+        banned = torch.zeros_like(scores).scatter_add_(2, runs[..., -1].clamp(min=0), same.to(scores.dtype))
+        return scores.masked_fill(banned > 0, -torch.inf)
+
     def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Sample a token per row by inverting the cumulative distribution at (B, K) `uniforms` in [0, 1).
 
         Temperature, then the top_k most probable tokens, then the smallest set of probability top_p (nucleus sampling,
         Holtzman et al. 2019, https://arxiv.org/abs/1904.09751). Returns (B, K).
         """
+        _, probabilities, tokens = self._ordered(logits)
+        cumulative = probabilities.cumsum(-1)
+        target = uniforms[..., None] * cumulative[..., -1:]
+        index = torch.searchsorted(cumulative, target, right=True)
+        last = (probabilities > 0).sum(-1, keepdim=True) - 1  # rounding must not lead past the nucleus
+        return tokens.gather(-1, index.minimum(last)).squeeze(-1)
+
+    def warped(self, logits: Tensor) -> Tensor:
+        """The logits (B, K, vocabulary) that `draw` draws from, -inf where a token cannot be drawn."""
+        ordered, probabilities, tokens = self._ordered(logits)
+        return torch.empty_like(logits).scatter_(-1, tokens, ordered.masked_fill(probabilities == 0, -torch.inf))
+
+    def _ordered(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits and probabilities (0 for what is cut off) of the tokens, the most probable first, and the tokens."""
         options = self._options
         ordered, tokens = (logits / options.temperature).sort(stable=True, dim=-1, descending=True)
         if 0 < options.top_k < ordered.shape[-1]:
@@ -49,8 +85,4 @@ class LogitRules:
         if options.top_p < 1.0:
             before = probabilities.cumsum(-1) - probabilities
             probabilities = probabilities.masked_fill(before >= options.top_p, 0.0)
-        cumulative = probabilities.cumsum(-1)
-        target = uniforms[..., None] * cumulative[..., -1:]
-        index = torch.searchsorted(cumulative, target, right=True)
-        last = (probabilities > 0).sum(-1, keepdim=True) - 1  # rounding must not lead past the nucleus
-        return tokens.gather(-1, index.minimum(last)).squeeze(-1)
+        return ordered, probabilities, tokens

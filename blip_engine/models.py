@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import BlipConfig
-from .dropin import generation_setup, token_rows, with_prompts
-from .generation import Memory, Prompt, generate
+from .dropin import decode, token_rows
+from .generation import Memory
 from .outputs import (
     BlipForConditionalGenerationModelOutput,
     BlipImageTextMatchingModelOutput,
@@ -97,22 +97,18 @@ class BlipForConditionalGeneration(_BlipPreTrainedModel):
         attention_mask: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         **generate_kwargs: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Captions as token ids (B * num_return_sequences, T), prompt included, padded on the right.
 
         `input_ids` (B, T) is a prompt as the processor gives it: [CLS] words [SEP]. Its first id becomes [BOS] and its
         last one is dropped, in a copy. Prompts of different lengths may be padded on either side; each row comes out as
-        it would alone. See `docs/` for the keyword arguments; greedy decoding of 20 new tokens is the default.
+        it would alone. Greedy decoding of 20 new tokens is the default; `return_dict_in_generate` gives a GenerateOutput.
         """
         states = self.vision_model(pixel_values, interpolate_pos_encoding).last_hidden_state
         config = self.config.text_config
         rows = token_rows(input_ids, attention_mask) if input_ids is not None else [[0, 0]] * len(pixel_values)
         prompts = [[config.bos_token_id, *row[1:-1]] for row in rows]
-        prompt = Prompt.of(prompts, config.pad_token_id, pixel_values.device)
-        positions = self.config.text_config.max_position_embeddings
-        options, limits = generation_setup(generate_kwargs, prompt.lengths, positions)
-        generated = generate(self.text_decoder, prompt, Memory(states), options, limits)
-        return with_prompts(prompts, generated, config.pad_token_id)
+        return decode(self.text_decoder, prompts, Memory(states), generate_kwargs)
 
 
 class BlipForQuestionAnswering(_BlipPreTrainedModel):
@@ -183,7 +179,7 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
         attention_mask: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         **generate_kwargs: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Answers as token ids (B * num_return_sequences, A), [BOS] first, padded on the right.
 
         Padding of a question is hidden from the decoder, so a row comes out as it would alone (transformers shows it
@@ -194,11 +190,7 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
         states = self.vision_model(pixel_values, interpolate_pos_encoding).last_hidden_state
         question = self.encode_question(input_ids, attention_mask, states)
         prompts = [[self.decoder_start_token_id]] * len(question)
-        prompt = Prompt.of(prompts, self.decoder_pad_token_id, pixel_values.device)
-        positions = self.config.text_config.max_position_embeddings
-        options, limits = generation_setup(generate_kwargs, prompt.lengths, positions)
-        generated = generate(self.text_decoder, prompt, Memory(question, attention_mask), options, limits)
-        return with_prompts(prompts, generated, self.decoder_pad_token_id)
+        return decode(self.text_decoder, prompts, Memory(question, attention_mask), generate_kwargs)
 
 
 class BlipForImageTextRetrieval(_BlipPreTrainedModel):

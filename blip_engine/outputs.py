@@ -67,6 +67,16 @@ class LanguageModelOutput(ModelOutput):
 
 
 @dataclass
+class GenerateOutput(ModelOutput):
+    """Of `generate` with `return_dict_in_generate`. The scores are there with `output_scores`."""
+
+    sequences: Tensor  # (B * num_return_sequences, T) ids
+    sequences_scores: Tensor | None = None  # of beams: (B * num_return_sequences,)
+    #: per step (B * hypotheses, vocabulary) as the search saw them: logits, or log-probabilities with beams
+    scores: tuple[Tensor, ...] | None = None
+
+
+@dataclass
 class BlipForConditionalGenerationModelOutput(ModelOutput):
     """Of `BlipForConditionalGeneration`. Hidden states and attentions are the vision tower's."""
 

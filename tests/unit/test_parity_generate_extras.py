@@ -1,0 +1,133 @@
+"""The further arguments of `generate`: early stopping, n-grams, scores and a generator of one's own."""
+
+from typing import Any
+
+import pytest
+import torch
+from twins import SEP, assert_close, images, texts, twins, words
+
+from blip_engine.errors import OptionError
+from blip_engine.requests import Task
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default:UserWarning")
+
+RECORDED = {"return_dict_in_generate": True, "output_scores": True}
+
+
+def both(task: Task, **options: Any) -> tuple[Any, Any]:
+    """What ours and transformers' generate, captions behind prompts or answers to questions."""
+    ours, theirs = twins(task, end=1.0)
+    given = {"pixel_values": images(ours, 8), "attention_mask": torch.ones(8, 6, dtype=torch.long)}
+    return tuple(model.generate(input_ids=words(8, 6), **given, **options) for model in (ours, theirs))
+
+
+@pytest.mark.parametrize("task", ["caption", "vqa"])
+@pytest.mark.parametrize("stopping", [False, True, "never"])
+@pytest.mark.parametrize("penalty", [2.0, 1.0, -1.0])
+def test_early_stopping(task: Task, stopping: bool | str, penalty: float) -> None:
+    options = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": penalty, "early_stopping": stopping}
+    ours, theirs = both(task, **options, **RECORDED)
+    prompt = 5 if task == "caption" else 1
+    assert texts(ours.sequences, prompt) == texts(theirs.sequences, prompt)
+    assert_close(ours.sequences_scores, theirs.sequences_scores)
+
+
+def test_early_stopping_changes_something() -> None:
+    found = [
+        both("caption", num_beams=3, length_penalty=2.0, early_stopping=stop)[0] for stop in (True, False, "never")
+    ]
+    assert len({str(texts(sequences, 5)) for sequences in found}) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_no_ngram_comes_twice(size: int, beams: int) -> None:
+    options = {"num_beams": beams, "min_new_tokens": 15}
+    ours, theirs = both("caption", no_repeat_ngram_size=size, **options)
+    assert texts(ours, 5) == texts(theirs, 5)
+    for text in texts(ours, 5):
+        runs = [tuple(text[i : i + size]) for i in range(len(text) - size + 1)]
+        new = runs[max(0, 5 - size + 1) :]
+        assert len(new) == len(set(new))
+    assert texts(ours, 5) != texts(both("caption", **options)[0], 5)
+
+
+def test_padding_is_no_part_of_an_ngram() -> None:
+    ours, _ = twins("caption", end=-1.0)
+    pixels, ids = images(ours, 2), words(2, 7)
+    mask = torch.ones_like(ids)
+    ids[1, 4:], mask[1, 4:] = 0, 0
+    together = texts(ours.generate(pixels, ids, mask, no_repeat_ngram_size=1), 3)[1]
+    alone = texts(ours.generate(pixels[1:], ids[1:, :4], no_repeat_ngram_size=1), 3)[0]
+    assert together == alone
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "repetition_penalty": 1.3}, {"min_new_tokens": 3}], ids=str)
+@pytest.mark.parametrize("task", ["caption", "vqa"])
+def test_scores(task: Task, options: dict[str, Any]) -> None:
+    ours, theirs = both(task, **options, **RECORDED)
+    assert ours.sequences.shape[1] == theirs.sequences.shape[1]
+    assert len(ours.scores) == len(theirs.scores)
+    assert (ours.sequences_scores is None) == ("num_beams" not in options)
+    # Behind its [SEP] a row's scores mean nothing.
+    first, other = ours.scores[0], theirs.scores[0]
+    assert_close(first.nan_to_num(neginf=-9.0), other.nan_to_num(neginf=-9.0))
+    if "num_beams" not in options:
+        prompt = 5 if task == "caption" else 1
+        for row, text in enumerate(texts(ours.sequences, prompt)):
+            for step in range(len(text) - prompt):
+                mine, truth = ours.scores[step][row], theirs.scores[step][row]
+                assert_close(mine.nan_to_num(neginf=-9.0), truth.nan_to_num(neginf=-9.0))
+
+
+def test_what_is_returned() -> None:
+    ours, theirs = twins("caption", end=1.0)
+    pixels = images(ours)
+    plain = ours.generate(pixels, output_scores=True)  # without a dictionary there is no place for them
+    output = ours.generate(pixels, return_dict_in_generate=True)
+    assert output.keys() == ("sequences",)
+    assert output.sequences.equal(plain)
+    assert output[0].equal(plain)
+    assert texts(plain) == texts(theirs.generate(pixels))
+
+
+class TestSampling:
+    def test_the_scores_are_those_drawn_from(self) -> None:
+        options = {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.8}
+        ours, theirs = both("vqa", **options, **RECORDED)
+        mine, other = ours.scores[0], theirs.scores[0]  # the first step does not hang on what was drawn
+        assert mine.isneginf().equal(other.isneginf())
+        assert_close(mine.nan_to_num(neginf=-9.0), other.nan_to_num(neginf=-9.0))
+        for step, scores in enumerate(ours.scores):
+            drawn = scores.gather(1, ours.sequences[:, step + 1 : step + 2])[:, 0]
+            ended = (ours.sequences[:, 1 : step + 1] == SEP).any(1)
+            assert (drawn.isfinite() | ended).all()
+
+    def test_a_generator_decides_the_draws(self) -> None:
+        ours, _ = twins("caption")
+        pixels = images(ours, 6)
+
+        def sample(seed: int) -> Any:
+            generator = torch.Generator().manual_seed(seed)
+            return ours.generate(pixels, do_sample=True, num_return_sequences=2, generator=generator)
+
+        state = torch.get_rng_state()
+        assert sample(1).equal(sample(1))
+        assert not sample(1).equal(sample(2))
+        assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "fault"),
+    [
+        ("early_stopping", "soon", "must be True, False or 'never', not 'soon'"),
+        ("no_repeat_ngram_size", -1, "must be 0 .off. or more, not -1"),
+        ("generator", 7, "must be a torch.Generator, not 7"),
+        ("penalty_alpha", 0.6, "no argument 'penalty_alpha'; it has: num_beams"),
+        ("num_beam_groups", 2, "no argument 'num_beam_groups'"),
+    ],
+)
+def test_faults(option: str, value: Any, fault: str) -> None:
+    ours, _ = twins("caption")
+    with pytest.raises(OptionError, match=fault):
+        ours.generate(images(ours), **{option: value})

@@ -150,7 +150,8 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
         cache = model.text_encoder.new_cache(0, stage.cross)
         fused = model.text_encoder(texts.ids, texts.mask, past_key_values=cache).last_hidden_state
         matches = model.itm_head(fused[:, 0]).float().softmax(-1)[:, 1]
-        images = model.project_image(stage.encoded.states).float()[texts.images]
+        first = stage.encoded.states[:, :1].index_select(0, texts.images)  # before projecting: a fixed number of rows
+        images = model.project_image(first).float()
         similarity = (images * self._project_texts(texts)).sum(-1)
         return [Match(*pair) for pair in zip(matches.tolist(), similarity.tolist(), strict=True)]
 
@@ -162,7 +163,8 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
     def embed_images(self, pixels: Sequence[Pixels]) -> Tensor:
         """Unit vectors (N, projection) float32 of uint8 images at the model's size."""
         encoded = self.resident.encode_images(pixels)
-        return self.resident.model.project_image(encoded.states).float()[: len(pixels)].cpu()
+        blocks = encoded.states.split(self.resident.shapes.images)
+        return torch.cat([self.resident.model.project_image(block) for block in blocks]).float()[: len(pixels)].cpu()
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:

@@ -115,9 +115,11 @@ def check_tensors(
         for name in sorted(wanted.keys() & given.keys())
         if wanted[name].shape != given[name].shape
     ]
+    whole = [f"{name} is {value.dtype}" for name, value in sorted(given.items()) if not value.is_floating_point()]
+    kinds = ("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped), ("no floating-point", whole)
     faults = [
         f"{len(names)} {kind}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+        for kind, names in kinds
         if names
     ]
     if faults:

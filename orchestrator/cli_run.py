@@ -1,4 +1,4 @@
-"""`blip-batch run`, `demo` and `worker`. Everything heavy is imported when a command runs: `--help` is instant."""
+"""`blip-batch run`, `demo`, `worker`, `convert`. All that is heavy is imported when a command runs: `--help` is instant."""
 
 import json
 import os
@@ -33,6 +33,7 @@ def register(app: typer.Typer) -> None:
     app.command()(run)
     app.command()(demo)
     app.command()(worker)
+    app.command()(convert)
 
 
 def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
@@ -86,6 +87,20 @@ def demo(
 def worker() -> None:
     """Work for the cluster at BLIP_REDIS_URL until SIGTERM; settings are BLIP_* variables."""
     os.execv(sys.executable, [sys.executable, "-m", "workers"])  # noqa: S606 - the worker imports us, never we it
+
+
+def convert(
+    file: Annotated[Path, typer.Argument(help="A .pth file of Salesforce's BLIP or LAVIS.")],
+    directory: Annotated[Path, typer.Argument(help="Where the checkpoint goes; made, and not there yet.")],
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the file's own if left out.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Directory with vocab.txt or tokenizer.json; else the hub's bert-base-uncased.")
+    ] = None,
+) -> None:
+    """Turn a .pth checkpoint of Salesforce's BLIP or LAVIS into a directory for --model."""
+    options = [f"--image-size={image_size}"] if image_size is not None else []
+    options += [f"--tokenizer={tokenizer}"] if tokenizer is not None else []
+    print_line(_engine_program("cannot convert", "salesforce", *options, "--", str(file), str(directory)).rstrip())
 
 
 def _options(given: Sequence[str]) -> dict[str, Any]:
@@ -196,12 +211,21 @@ def _draw(folder: Path, count: int) -> None:
     """Writes the held-out drawings and their manifests, in a process of its own: drawing needs Pillow."""
     if all((folder / f"{task}.jsonl").exists() for task in DEMO_TASKS):
         return  # written last, and always the same
-    command = [sys.executable, "-m", "blip_engine.shapes.drawings", str(folder), "--count", str(count)]
+    _engine_program("cannot draw", "shapes.drawings", str(folder), "--count", str(count))
+
+
+def _engine_program(failing: str, module: str, *arguments: str) -> str:
+    """What a program of the engine's prints; a process of its own, for it imports what this one must not.
+
+    Raises UsageError with the last line of its complaint.
+    """
+    command = [sys.executable, "-m", f"blip_engine.{module}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        why = (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"])[-1]
         hint = "; install blip-batch[worker]" if "No module named" in why else ""
-        raise UsageError(f"cannot draw: {why}{hint}")
+        raise UsageError(f"{failing}: {why}{hint}")
+    return done.stdout
 
 
 def _print_demo(specs: "Sequence[JobSpec]", summaries: Sequence[dict[str, Any]]) -> None:

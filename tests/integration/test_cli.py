@@ -44,7 +44,7 @@ def test_help_is_quick_and_names_every_command() -> None:
         done = blip_batch("--help", COLUMNS="200")
         best = min(best, time.monotonic() - began)
     assert done.returncode == 0
-    for command in ("plan", "verify", "orchestrator", "run", "demo", "worker"):
+    for command in ("plan", "verify", "orchestrator", "run", "demo", "worker", "convert"):
         assert f" {command} " in done.stdout
     assert best <= 0.5
 

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -333,3 +335,20 @@ class TestCommand:
     def test_an_error_is_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([str(tmp_path / "absent.pth"), str(tmp_path / "out")]) == 1
         assert re.fullmatch(r"no file .*absent\.pth; [^\n]+\n", capsys.readouterr().err)
+
+    def test_blip_batch_convert(self, tmp_path: Path, words: Path, file: Any) -> None:
+        path, out = file({"model": their_tensors(small("caption"))}), tmp_path / "-out"
+        arguments = ["--image-size", "64", "--tokenizer", words, "--", path, out.name]
+        done = blip_batch(tmp_path, "convert", *arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert re.fullmatch(r"-out: BlipForConditionalGeneration, 64 pixels, \d\.\d M parameters\n", done.stdout)
+        assert BlipConfig.from_json_file(out / "config.json").vision_config.image_size == 64
+        done = blip_batch(tmp_path, "convert", *arguments)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert re.fullmatch(r"Error: cannot convert: -out exists already; [^\n]+\n", done.stderr)
+
+
+def blip_batch(folder: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    program = Path(sys.executable).parent / "blip-batch"
+    command = [program, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)

@@ -7,6 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .auto import AutoModel as AutoModel
+    from .auto import AutoModelForVisualQuestionAnswering as AutoModelForVisualQuestionAnswering
+    from .auto import AutoProcessor as AutoProcessor
+    from .auto import AutoTokenizer as AutoTokenizer
     from .config import BlipConfig as BlipConfig
     from .config import BlipTextConfig as BlipTextConfig
     from .config import BlipVisionConfig as BlipVisionConfig
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from .models import BlipForConditionalGeneration as BlipForConditionalGeneration
     from .models import BlipForImageTextRetrieval as BlipForImageTextRetrieval
     from .models import BlipForQuestionAnswering as BlipForQuestionAnswering
+    from .pipelines import pipeline as pipeline
     from .processor import BlipProcessor as BlipProcessor
     from .text import BlipTextLMHeadModel as BlipTextLMHeadModel
     from .text import BlipTextModel as BlipTextModel
@@ -25,11 +30,13 @@ if TYPE_CHECKING:
     from .vision import BlipVisionModel as BlipVisionModel
 
 _HOMES = {
+    "auto": ("AutoModel", "AutoModelForVisualQuestionAnswering", "AutoProcessor", "AutoTokenizer"),
     "config": ("BlipConfig", "BlipTextConfig", "BlipVisionConfig"),
     "contrastive": ("BlipModel",),
     "engine": ("Engine", "ModelInfo"),
     "image_processor": ("BlipImageProcessor", "BlipImageProcessorPil"),
     "models": ("BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering"),
+    "pipelines": ("pipeline",),
     "processor": ("BlipProcessor",),
     "text": ("BlipTextLMHeadModel", "BlipTextModel"),
     "tokenizer": ("BertTokenizer",),

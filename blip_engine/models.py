@@ -102,7 +102,8 @@ class BlipForConditionalGeneration(_BlipPreTrainedModel):
 
         `input_ids` (B, T) is a prompt as the processor gives it: [CLS] words [SEP]. Its first id becomes [BOS] and its
         last one is dropped, in a copy. Prompts of different lengths may be padded on either side; each row comes out as
-        it would alone. Greedy decoding of 20 new tokens is the default; `return_dict_in_generate` gives a GenerateOutput.
+        it would alone. The default is greedy decoding of 20 new tokens. `return_dict_in_generate` gives a
+        GenerateOutput.
         """
         states = self.vision_model(pixel_values, interpolate_pos_encoding).last_hidden_state
         config = self.config.text_config

@@ -72,14 +72,17 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         *,
         revision: str | None = None,
         dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device_map: str | int | torch.device | None = None,
     ) -> Self:
         """Load a checkpoint, whole or not at all, in evaluation mode.
 
-        `dtype` None or "auto" keeps the file's. `device_map` is a device, or "auto" for the GPU if there is one.
+        `dtype` (or `torch_dtype`, its older name) None or "auto" keeps the file's.
+        `device_map` is a device, or "auto" for the GPU if there is one.
         Raises CheckpointError.
         """
-        return cls.from_checkpoint(find_checkpoint(pretrained_model_name_or_path, revision), dtype, device_map)
+        checkpoint = find_checkpoint(pretrained_model_name_or_path, revision)
+        return cls.from_checkpoint(checkpoint, torch_dtype if dtype is None else dtype, device_map)
 
     @classmethod
     def from_checkpoint(

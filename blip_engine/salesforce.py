@@ -85,6 +85,7 @@ def _read_model(file: Path, image_size: int | None, words: BertTokenizer) -> Tas
     with torch.device("meta"):
         model = kind(config)
     model.load_state_dict(tensors, assign=True)
+    model.tie_weights({alias: name for alias, name in kind.tied_weights.items() if tensors[alias] is tensors[name]})
     return model.eval()
 
 

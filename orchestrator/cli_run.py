@@ -1,4 +1,4 @@
-"""`blip-batch run`, `demo`, `worker`, `convert`. All that is heavy is imported when a command runs: `--help` is instant."""
+"""`blip-batch run`, `demo`, `worker` and `convert`. Heavy imports wait inside them: `--help` is instant."""
 
 import json
 import os

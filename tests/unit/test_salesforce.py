@@ -20,7 +20,7 @@ from twins import assert_close
 from blip_engine import BertTokenizer, BlipConfig, BlipProcessor, Engine
 from blip_engine.errors import CheckpointError
 from blip_engine.requests import Task
-from blip_engine.salesforce import convert, main
+from blip_engine.salesforce import _read_model, convert, main
 from blip_engine.tokenizer import wordpiece
 
 #: From the hub's names to Salesforce's, in the order of replacement; text towers and heads have the same names.
@@ -208,6 +208,36 @@ class TestImageSize:
         with pytest.raises(CheckpointError, match=f"image size {size} is not a multiple .* 8 pixels$"):
             convert(file(their_tensors(small("caption"))), tmp_path / "out", size, words)
         assert not (tmp_path / "out").exists()
+
+
+#: Millions of parameters of the hub's checkpoints. ViT-L of the other two tasks is not there, or not as trained.
+PUBLISHED = {("caption", 768): 224.0, ("vqa", 768): 361.2, ("itm", 768): 223.7, ("caption", 1024): 446.3}
+
+
+@pytest.mark.parametrize("width", [768, 1024])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_published_sizes(task: Task, width: int, file: Any) -> None:
+    """ViT-B and ViT-L with BERT-base, as files of zeros that take no room."""
+    layers, heads = (12, 12) if width == 768 else (24, 16)
+    vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    with torch.device("meta"):
+        model = CLASSES[task](
+            BlipConfig(image_text_hidden_size=256, vision_config={**vision, "num_attention_heads": heads})
+        )
+    zero = torch.zeros(1)
+    path = file({their_name(name): zero.expand(value.shape) for name, value in model.state_dict().items()})
+    special = ["[PAD]", *(f"[unused{n}]" for n in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # as in BERT's list
+    words = BertTokenizer(wordpiece({word: n for n, word in enumerate([*special, *map(str, range(104, 30522))])}))
+    found = _read_model(path, None, words)
+    config = found.config
+    size = sum(parameter.numel() for parameter in found.parameters())
+    assert size == sum(parameter.numel() for parameter in model.parameters())
+    assert round(size / 1e6, 1) == PUBLISHED.get((task, width), round(size / 1e6, 1))
+    assert (config.vision_config.num_attention_heads, config.text_config.num_attention_heads) == (heads, 12)
+    assert (config.vision_config.image_size, config.vision_config.patch_size) == (384, 16)
+    assert (config.vision_config.layer_norm_eps, config.text_config.layer_norm_eps) == (1e-6, 1e-12)
+    tokens = config.text_config
+    assert (tokens.bos_token_id, tokens.sep_token_id, tokens.pad_token_id) == (30522, 102, 0)
 
 
 def test_vit_l_question_answering(tmp_path: Path, words: Path, file: Any) -> None:

@@ -117,12 +117,14 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         values = {"architectures": [type(self).__name__], **self.config.to_dict(), "dtype": str(self.dtype)[6:]}
-        (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        written, weights = folder / CONFIG_FILE, folder / SAFETENSORS_FILE
+        written.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         state = self.state_dict()
         for alias, source in self.tied_weights.items():
             if state[alias].data_ptr() == state[source].data_ptr():
                 del state[alias]
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / SAFETENSORS_FILE, metadata={"format": "pt"})
+        save_file({k: v.contiguous() for k, v in state.items()}, weights, metadata={"format": "pt"})
+        weights.chmod(written.stat().st_mode)  # safetensors lets nobody else read it, whatever the umask says
 
 
 def initialise_module(module: nn.Module, std: float) -> None:

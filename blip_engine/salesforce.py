@@ -93,6 +93,8 @@ def _task(file: Path, given: Mapping[str, Tensor]) -> Task:
     parts = {name.partition(".")[0] for name in given}
     if "cls_head" in parts or any(".crossattention.self0." in name for name in given):
         raise CheckpointError(f"{file} holds a classifier (NLVR or the like); captioning, VQA and retrieval convert")
+    if "vision_model" in parts:
+        raise CheckpointError(f"{file} has the hub's names already; load it from beside its config.json")
     match "text_encoder" in parts, "text_decoder" in parts, "itm_head" in parts:
         case False, True, False:
             return "caption"

@@ -151,6 +151,7 @@ class TestConversion:
         convert(file(their_tensors(small("caption"))), out, tokenizer=words)
         names = ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"]
         assert sorted(path.name for path in out.iterdir()) == [*names, "tokenizer_config.json", "vocab.txt"]
+        assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # who may read one file may read all
         ours, theirs = BlipProcessor.from_pretrained(out), transformers.AutoProcessor.from_pretrained(out)
         text = "how many dogs, cats?"
         assert ours(text=text)["input_ids"] == theirs(text=text)["input_ids"]
@@ -297,6 +298,7 @@ class TestRefusals:
             (["text_encoder.x", "cls_head.0.weight", "visual_encoder.x"], "NLVR"),
             (["text_encoder.encoder.layer.0.crossattention.self0.query.weight"], "NLVR"),
             (["Qformer.bert.x", "ln_vision.weight", "visual_encoder.x"], "are of Qformer, ln_vision, visual_encoder$"),
+            (["vision_model.x", "text_decoder.x"], "has the hub's names already"),
             (["text_encoder.x", "visual_encoder.x"], "no captioning, VQA or retrieval model"),
         ],
     )

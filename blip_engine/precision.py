@@ -36,5 +36,5 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         return _DTYPES[precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    features = torch.cpu.get_capabilities()
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # old torch cannot say
     return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32

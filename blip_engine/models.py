@@ -20,6 +20,7 @@ from .outputs import (
     BlipTextVisionModelOutput,
 )
 from .pretrained import PreTrainedModel
+from .ranking import Ranking, rank
 from .text import BlipTextLMHeadModel, BlipTextModel
 from .vision import BlipVisionModel
 
@@ -192,6 +193,28 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
         question = self.encode_question(input_ids, attention_mask, states)
         prompts = [[self.decoder_start_token_id]] * len(question)
         return decode(self.text_decoder, prompts, Memory(question, attention_mask), generate_kwargs)
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        answer_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        k: int = 128,
+        label_smoothing: float = 0.1,
+    ) -> Ranking:
+        """Which of the answers `answer_ids` (A, L) fit questions (B, T) about images (B, 3, H, W), best first.
+
+        The answers are as the processor gives them, [CLS] words [SEP] padded on the right; a copy's first id becomes
+        [BOS]. For `k`, `label_smoothing` and the scores see `ranking.rank`. Raises InputError.
+        """
+        states = self.vision_model(pixel_values, interpolate_pos_encoding).last_hidden_state
+        question = self.encode_question(input_ids, attention_mask, states)
+        candidates = answer_ids.clone()
+        candidates[..., 0] = self.decoder_start_token_id
+        return rank(self.text_decoder, Memory(question, attention_mask), candidates, k, label_smoothing)
 
 
 class BlipForImageTextRetrieval(_BlipPreTrainedModel):

@@ -14,20 +14,25 @@ from .errors import CheckpointError
 CONFIG_FILE = "config.json"
 
 
+@dataclass(kw_only=True)
 class _Config:
-    """What the three configurations share: dictionaries and files in and out."""
+    """What the three configurations share: what calls return unless they say it, dictionaries and files."""
 
     model_type: ClassVar[str]
+
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from a dictionary as `config.json` holds it; keys of other libraries are passed over."""
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        known = {f.name for f in fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
         """Every field and `model_type`, ready for `config.json`."""
-        return {"model_type": self.model_type, **asdict(self)}  # type: ignore[call-overload]
+        return {"model_type": self.model_type, **asdict(self)}
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> Self:
@@ -131,6 +136,7 @@ class BlipConfig(_Config):
         self.text_config = _as_config(BlipTextConfig, self.text_config)
         self.vision_config = _as_config(BlipVisionConfig, self.vision_config)
         self.text_config.encoder_hidden_size = self.vision_config.hidden_size
+        self.text_config.return_dict = self.vision_config.return_dict = True  # parts of a model return to it
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, the towers nested with their own `model_type`."""
@@ -157,7 +163,7 @@ def _as_config(kind: type[C], value: Any) -> C:
         return kind.from_dict(value)
     if not isinstance(value, kind):
         raise TypeError(f"expected a {kind.__name__} or a dictionary, not {type(value).__name__}")
-    return replace(value)  # type: ignore[type-var]  # a copy: the caller's object keeps its encoder_hidden_size
+    return replace(value)  # a copy: the caller's object keeps its encoder_hidden_size
 
 
 def _one_side(name: str, value: Any) -> int:

@@ -46,41 +46,35 @@ class BlipModel(PreTrainedModel[BlipConfig]):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
         """The text tower's TextOutput for texts (B, T), its `pooler_output` (B, projection_dim) projected.
 
         The vectors are not normalised. Returns a tuple with `return_dict=False`.
         """
-        output: TextOutput = self.text_model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
+        asked = self.asked(output_attentions, output_hidden_states)
+        output = self._run_text(input_ids, attention_mask, position_ids, *asked)
         output.pooler_output = self.text_projection(output.pooler_output)
-        return output if return_dict else output.to_tuple()
+        return self.returned(output, return_dict)
 
     def get_image_features(
         self,
         pixel_values: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
         """The vision tower's VisionOutput for images (B, 3, H, W), its `pooler_output` (B, projection_dim) projected.
 
         The vectors are not normalised. Returns a tuple with `return_dict=False`.
         """
-        output: VisionOutput = self.vision_model(
-            pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states
-        )
+        asked = self.asked(output_attentions, output_hidden_states)
+        output: VisionOutput = self.vision_model(pixel_values, interpolate_pos_encoding, *asked)
         output.pooler_output = self.visual_projection(output.pooler_output)
-        return output if return_dict else output.to_tuple()
+        return self.returned(output, return_dict)
 
     def forward(
         self,
@@ -90,23 +84,18 @@ class BlipModel(PreTrainedModel[BlipConfig]):
         position_ids: Tensor | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
         """Compare every text `input_ids` (texts, T) with every image `pixel_values` (images, 3, H, W).
 
         `logits_per_image` (images, texts) are cosines times exp(logit_scale). `return_loss` adds the contrastive loss,
         for which text i belongs to image i.
         """
-        vision = self.vision_model(pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states)
-        text = self.text_model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
+        asked = self.asked(output_attentions, output_hidden_states)
+        vision = self.vision_model(pixel_values, interpolate_pos_encoding, *asked)
+        text = self._run_text(input_ids, attention_mask, position_ids, *asked)
         image_embeds = _unit(self.visual_projection(vision.pooler_output))
         text_embeds = _unit(self.text_projection(text.pooler_output))
         logits = text_embeds @ image_embeds.T * self.logit_scale.exp()
@@ -119,7 +108,20 @@ class BlipModel(PreTrainedModel[BlipConfig]):
             text_model_output=text,
             vision_model_output=vision,
         )
-        return output if return_dict else output.to_tuple()
+        return self.returned(output, return_dict)
+
+    def _run_text(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        attentions: bool | None,
+        hidden_states: bool | None,
+    ) -> TextOutput:
+        output: TextOutput = self.text_model(
+            input_ids, attention_mask, position_ids, output_attentions=attentions, output_hidden_states=hidden_states
+        )
+        return output
 
     @classmethod
     def adapted(cls, source: str, config: BlipConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -60,16 +60,18 @@ class BlipForConditionalGeneration(_BlipPreTrainedModel):
         labels: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         logits_to_keep: int | Tensor = 0,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
         """Logits of a caption, and its loss if `labels` are given.
 
         `pixel_values` (B, 3, H, W); `input_ids`, `attention_mask` and `labels` (B, T), -100 in `labels` is ignored.
         Without `input_ids` the decoder reads [BOS] alone.
         """
-        vision = self.vision_model(pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states)
+        vision = self.vision_model(
+            pixel_values, interpolate_pos_encoding, *self.asked(output_attentions, output_hidden_states)
+        )
         if input_ids is None:
             bos = self.config.text_config.bos_token_id
             input_ids = torch.full((len(pixel_values), 1), bos, device=pixel_values.device)
@@ -78,6 +80,7 @@ class BlipForConditionalGeneration(_BlipPreTrainedModel):
             attention_mask,
             encoder_hidden_states=vision.last_hidden_state,
             labels=labels,
+            use_cache=False,
             logits_to_keep=logits_to_keep,
         )
         output = BlipForConditionalGenerationModelOutput(
@@ -88,7 +91,7 @@ class BlipForConditionalGeneration(_BlipPreTrainedModel):
             hidden_states=vision.hidden_states,
             attentions=vision.attentions,
         )
-        return output if return_dict else output.to_tuple()
+        return self.returned(output, return_dict)
 
     @torch.no_grad()
     def generate(
@@ -138,9 +141,9 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
         """The loss of answers `labels` (B, A) to questions `input_ids` (B, T) about `pixel_values` (B, 3, H, W).
 
@@ -148,7 +151,9 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
         """
         if labels is None and decoder_input_ids is None:
             raise ValueError("pass labels to train, decoder_input_ids to run the decoder, or call generate()")
-        vision = self.vision_model(pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states)
+        vision = self.vision_model(
+            pixel_values, interpolate_pos_encoding, *self.asked(output_attentions, output_hidden_states)
+        )
         question = self.encode_question(input_ids, attention_mask, vision.last_hidden_state)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = labels.masked_fill(labels == -100, self.decoder_pad_token_id)
@@ -158,6 +163,7 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
             encoder_hidden_states=question,
             encoder_attention_mask=attention_mask,
             labels=labels,
+            use_cache=False,
         )
         output = BlipTextVisionModelOutput(
             loss=answer.loss,
@@ -166,7 +172,7 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
             hidden_states=vision.hidden_states,
             attentions=vision.attentions,
         )
-        return output if return_dict else output.to_tuple()
+        return self.returned(output, return_dict)
 
     def encode_question(self, input_ids: Tensor, attention_mask: Tensor | None, image_states: Tensor) -> Tensor:
         """Questions (B, T) in the light of images (B, S, vision width): (B, T, text width)."""
@@ -241,15 +247,17 @@ class BlipForImageTextRetrieval(_BlipPreTrainedModel):
         use_itm_head: bool | None = True,
         attention_mask: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
         """Match texts `input_ids` (B, T) with images `pixel_values` (B, 3, H, W).
 
         `itm_score` is (B, 2) logits (does not match, matches) with the ITM head, else (images, texts) cosines.
         """
-        vision = self.vision_model(pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states)
+        vision = self.vision_model(
+            pixel_values, interpolate_pos_encoding, *self.asked(output_attentions, output_hidden_states)
+        )
         image_states = vision.last_hidden_state
         if use_itm_head:
             text_states = self.fuse(input_ids, attention_mask, image_states)
@@ -264,7 +272,7 @@ class BlipForImageTextRetrieval(_BlipPreTrainedModel):
             attentions=vision.attentions,
             question_embeds=text_states,
         )
-        return output if return_dict else output.to_tuple()
+        return self.returned(output, return_dict)
 
     def fuse(self, input_ids: Tensor, attention_mask: Tensor | None, image_states: Tensor) -> Tensor:
         """Texts (B, T) in the light of images (B, S, vision width): (B, T, text width)."""

@@ -48,8 +48,8 @@ class TextOutput(ModelOutput):
 
     last_hidden_state: Tensor  # (B, T, width)
     pooler_output: Tensor | None = None  # (B, width)
-    hidden_states: tuple[Tensor, ...] | None = None
     past_key_values: "DecoderCache | None" = None
+    hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .checkpoint import SAFETENSORS_FILE, Checkpoint, check_tensors, find_checkpoint
 from .config import CONFIG_FILE, BlipConfig, BlipTextConfig, BlipVisionConfig
 from .errors import CheckpointError
+from .outputs import ModelOutput
 
 ConfigT = TypeVar("ConfigT", BlipConfig, BlipTextConfig, BlipVisionConfig)
 
@@ -53,6 +54,21 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
     def dtype(self) -> torch.dtype:
         """The weights' type."""
         return next(self.parameters()).dtype
+
+    def asked(self, attentions: bool | None, hidden_states: bool | None) -> tuple[bool | None, bool | None]:
+        """Whether a call keeps attentions and hidden states: as it says, else as the configuration does.
+
+        None where neither asks for it, so that a tower's own configuration may.
+        """
+        config = self.config
+        return (
+            (config.output_attentions or None) if attentions is None else attentions,
+            (config.output_hidden_states or None) if hidden_states is None else hidden_states,
+        )
+
+    def returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        """`output`, or its tuple, as the call or else the configuration says."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def initialise(self, std: float) -> None:
         """Random weights as BLIP's: normal with deviation `std`, biases 0, layer norms 1."""

@@ -222,9 +222,9 @@ class BlipTextModel(PreTrainedModel[BlipTextConfig]):
         past_key_values: DecoderCache | None = None,
         use_cache: bool | None = None,
         is_decoder: bool | None = False,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
         """Run the layers over `input_ids` (B, T), `inputs_embeds` (before) or `encoder_embeds` (behind the embeddings).
 
@@ -237,8 +237,10 @@ class BlipTextModel(PreTrainedModel[BlipTextConfig]):
             raise ValueError("You cannot specify both input_ids and inputs_embeds at the same time")
         if input_ids is None and inputs_embeds is None and encoder_embeds is None:
             raise ValueError("You have to specify input_ids, inputs_embeds or encoder_embeds")
+        keep_attentions, keep_hidden = self.asked(output_attentions, output_hidden_states)
         cache = past_key_values
-        if cache is None and use_cache and is_decoder:
+        wants_cache = self.config.use_cache if use_cache is None else use_cache
+        if cache is None and wants_cache and is_decoder:
             cache = self.new_cache(capacity=0)
         past = cache.length if cache is not None else 0
         states = encoder_embeds
@@ -249,10 +251,10 @@ class BlipTextModel(PreTrainedModel[BlipTextConfig]):
             encoder_states=encoder_hidden_states,
             encoder_mask=None if encoder_attention_mask is None else padding_mask(encoder_attention_mask, states.dtype),
             cache=cache,
-            weights=output_attentions,
+            weights=bool(keep_attentions),
         )
-        output = self._run_layers(states, source, output_hidden_states)
-        return output if return_dict else output.to_tuple()
+        output = self._run_layers(states, source, bool(keep_hidden))
+        return self.returned(output, return_dict)
 
     def _run_layers(self, states: Tensor, source: _Source, keep_hidden: bool) -> TextOutput:
         hidden, attentions, crosses = [states], [], []
@@ -356,9 +358,9 @@ class BlipTextLMHeadModel(PreTrainedModel[BlipTextConfig]):
         is_decoder: bool | None = True,
         reduction: str | None = "mean",
         logits_to_keep: int | Tensor = 0,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
         """Predict the next token at every position.
 
@@ -378,6 +380,7 @@ class BlipTextLMHeadModel(PreTrainedModel[BlipTextConfig]):
             is_decoder=is_decoder,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         logits = self.cls(_kept(outputs.last_hidden_state, logits_to_keep))
         if return_logits:
@@ -390,7 +393,7 @@ class BlipTextLMHeadModel(PreTrainedModel[BlipTextConfig]):
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
         )
-        return output if return_dict else output.to_tuple()
+        return self.returned(output, return_dict)
 
     def language_loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         """Cross-entropy of each position's logits (B, T, vocabulary) with the next label of (B, T)."""

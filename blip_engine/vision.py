@@ -135,9 +135,9 @@ class BlipVisionModel(PreTrainedModel[BlipVisionConfig]):
         self,
         pixel_values: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
         """Encode images.
 
@@ -147,17 +147,18 @@ class BlipVisionModel(PreTrainedModel[BlipVisionConfig]):
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
+        keep_attentions, keep_hidden = self.asked(output_attentions, output_hidden_states)
         states = self.embeddings(pixel_values, interpolate_pos_encoding)
         hidden, attentions = [states], []
         for layer in self.encoder.layers:
-            states, probabilities = layer(states, output_attentions)
+            states, probabilities = layer(states, keep_attentions)
             hidden.append(states)
             attentions.append(probabilities)
         last = self.post_layernorm(states)
         output = VisionOutput(
             last_hidden_state=last,
             pooler_output=self.post_layernorm(last[:, 0]),
-            hidden_states=tuple(hidden) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=tuple(hidden) if keep_hidden else None,
+            attentions=tuple(attentions) if keep_attentions else None,
         )
-        return output if return_dict else output.to_tuple()
+        return self.returned(output, return_dict)

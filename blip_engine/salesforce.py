@@ -202,7 +202,9 @@ def _tokenizer(directory: Path | None) -> BertTokenizer:
 def _take_tokens(config: BlipTextConfig, words: BertTokenizer) -> None:
     """Take over the tokenizer's [SEP] and [PAD]. CheckpointError when its vocabulary is not the model's."""
     own = config.vocab_size - _NEW_WORDS
-    if len(words) not in (own, config.vocab_size):  # the latter was saved by Salesforce's code, with its two words
+    # One saved by Salesforce's code holds the two new words, as special tokens: they must not show up in captions.
+    with_new = len(words) == config.vocab_size and not words.decode([own, own + 1], skip_special_tokens=True)
+    if len(words) != own and not with_new:
         raise CheckpointError(f"the tokenizer has {len(words)} words, the model's has {own}; BLIP's is {BERT}'s")
     config.sep_token_id, config.pad_token_id = words.sep_token_id, words.pad_token_id
 

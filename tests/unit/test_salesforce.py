@@ -1,8 +1,9 @@
-"""Salesforce's `.pth` files, made by renaming the tensors of our small models, come through conversion unchanged."""
+"""Models come unchanged out of Salesforce's `.pth` files, and anything else is refused in one line."""
 
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,69 +13,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from small_models import CLASSES, WORDS, liven, small_config
+from salesforce_files import small, their_name, their_tensors
+from small_models import CLASSES, WORDS
 from torch import Tensor
 from torch.nn import functional as F
 from twins import assert_close
 
 from blip_engine import BertTokenizer, BlipConfig, BlipProcessor, Engine
 from blip_engine.errors import CheckpointError
-from blip_engine.requests import Task
+from blip_engine.requests import TASKS, Task
 from blip_engine.salesforce import _read_model, convert, main
 from blip_engine.tokenizer import wordpiece
-
-#: From the hub's names to Salesforce's, in the order of replacement; text towers and heads have the same names.
-SALESFORCE = (
-    (r"^vision_model\.embeddings\.patch_embedding", "visual_encoder.patch_embed.proj"),
-    (r"^vision_model\.embeddings\.position_embedding$", "visual_encoder.pos_embed"),
-    (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv", r"visual_encoder.blocks.\1.attn.qkv"),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection", r"visual_encoder.blocks.\1.attn.proj"),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.layer_norm([12])", r"visual_encoder.blocks.\1.norm\2"),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.mlp", r"visual_encoder.blocks.\1.mlp"),
-    (r"^vision_model\.post_layernorm", "visual_encoder.norm"),
-)
-TASKS: tuple[Task, ...] = ("caption", "vqa", "itm")
-
-
-def config(vision_width: int = 128, text_width: int = 128) -> dict[str, Any]:
-    """As the file's reader must tell it: heads of 64, feed-forward blocks four times as wide, epsilon 1e-6."""
-    return small_config(
-        {
-            "hidden_size": vision_width,
-            "intermediate_size": 4 * vision_width,
-            "num_hidden_layers": 3,
-            "num_attention_heads": vision_width // 64,
-            "layer_norm_eps": 1e-6,
-        },
-        {"hidden_size": text_width, "intermediate_size": 4 * text_width, "num_attention_heads": text_width // 64},
-    )
-
-
-def small(task: Task, **widths: int) -> Any:
-    torch.manual_seed(0)
-    return liven(CLASSES[task](BlipConfig(**config(**widths))), 2.0)  # type: ignore[operator]
-
-
-def their_name(name: str) -> str:
-    for pattern, replacement in SALESFORCE:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def their_tensors(model: Any) -> dict[str, Tensor]:
-    """The model's tensors and what Salesforce's files hold besides."""
-    tensors = {their_name(name): value for name, value in model.state_dict().items()}
-    momentum = {re.sub(r"^(\w+)\.", r"\1_m.", name): value + 1 for name, value in tensors.items()}
-    names = ("image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue", "temp")
-    positions = {name: torch.arange(64)[None] for name in _position_ids(tensors)}
-    return tensors | momentum | positions | {name: torch.zeros(1, dtype=torch.long) for name in names}
-
-
-def _position_ids(tensors: dict[str, Tensor]) -> list[str]:
-    return [
-        name.replace("position_embeddings.weight", "position_ids") for name in tensors if "position_embeddings" in name
-    ]
 
 
 @pytest.fixture
@@ -158,6 +107,16 @@ class TestConversion:
         assert ours.image_processor.size == {"height": 32, "width": 32}
         with Engine.load({"mine": str(out)}, device="cpu", precision="fp32") as engine:
             assert engine.caption([torch.zeros(40, 50, 3, dtype=torch.uint8).numpy()], model="mine")[0].text
+
+    def test_a_tokenizer_saved_by_salesforces_code(self, tmp_path: Path, file: Any) -> None:
+        """It has [DEC] and [ENC] already. In captions they leave no trace."""
+        words = wordpiece({word: number for number, word in enumerate(WORDS)})
+        words.add_special_tokens(["[DEC]", "[ENC]"])
+        BertTokenizer(words).save_pretrained(tmp_path / "words")
+        convert(file(their_tensors(small("caption"))), tmp_path / "out", tokenizer=tmp_path / "words")
+        with Engine.load({"caption": str(tmp_path / "out")}, device="cpu", precision="fp32") as engine:
+            (caption,) = engine.caption([torch.zeros(40, 50, 3, dtype=torch.uint8).numpy()], ["a picture of"])
+        assert caption.text.startswith("a picture of")
 
     def test_ties(self, tmp_path: Path, words: Path, file: Any) -> None:
         """The decoder's projection may be left out; an equal one is not stored twice; one that differs stays."""
@@ -334,12 +293,24 @@ class TestRefusals:
             convert(path, path / "out", tokenizer=words)
         assert [entry.name for entry in taken.iterdir()] == ["keep.txt"]
 
+    def test_a_full_disk(self, tmp_path: Path, words: Path, file: Any) -> None:
+        path = file({"model": their_tensors(small("caption"))})
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            self.refused(path, tmp_path, words, "out cannot be written: ")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
     def test_another_models_words(self, tmp_path: Path, file: Any) -> None:
         path = file(their_tensors(small("caption")))
         BertTokenizer(wordpiece({word: number for number, word in enumerate([*WORDS, "more"])})).save_pretrained(
             tmp_path / "other"
         )
         self.refused(path, tmp_path, tmp_path / "other", f"has {len(WORDS) + 1} words, the model's has {len(WORDS)}")
+        plain = {word: number for number, word in enumerate([*WORDS, "[DEC]", "[ENC]"])}  # no special tokens
+        BertTokenizer(wordpiece(plain)).save_pretrained(tmp_path / "other")
+        self.refused(path, tmp_path, tmp_path / "other", f"has {len(plain)} words, the model's has {len(WORDS)}")
         self.refused(path, tmp_path, tmp_path / "absent", "holds neither tokenizer.json nor vocab.txt")
 
 

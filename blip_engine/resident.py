@@ -21,7 +21,8 @@ from .checkpoint import Checkpoint
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from .processor import BlipProcessor
 from .requests import Task
-from .text import BlipTextLayer, BlipTextModel
+from .text import BlipTextModel
+from .text_layers import BlipTextLayer
 
 LENGTH_STEP: Final = 8  # tokens
 

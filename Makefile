@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: $(VENV)/worker.stamp ## draw pictures; caption, question and match them; show how often the model is right
 	$(BIN)/blip-batch demo --output demo $(DEMO_ARGS)
@@ -17,6 +17,9 @@ lint: $(VENV)/dev.stamp ## style, types, the rule of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/worker.stamp ## docs/api.md from the docstrings
+	$(BIN)/python docs/generate_api.py
 
 bench: $(VENV)/dev.stamp ## speed against transformers on this machine; takes minutes
 	$(BIN)/python benchmarks/engine.py

@@ -46,7 +46,7 @@ class DecoderCache:
         self.length += tokens
 
     def select(self, rows: Tensor) -> None:
-        """Let row i of the self-attention go on from row `rows[i]`: beams follow their parents."""
+        """Let row i of the self-attention go on from row `rows[i]` of (rows,): beams follow their parents."""
         for store in (self._keys, self._values):
             for layer, held in enumerate(store):
                 if held is not None:

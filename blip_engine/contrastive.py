@@ -91,7 +91,8 @@ class BlipModel(PreTrainedModel[BlipConfig]):
         """Compare every text `input_ids` (texts, T) with every image `pixel_values` (images, 3, H, W).
 
         `logits_per_image` (images, texts) are cosines times exp(logit_scale). `return_loss` adds the contrastive loss,
-        for which text i belongs to image i.
+        for which text i belongs to image i. Returns a BlipOutput, or a tuple with `return_dict=False`. Raises
+        InputError for images of another size or too many tokens.
         """
         asked = self.asked(output_attentions, output_hidden_states)
         vision = self.vision_model(pixel_values, interpolate_pos_encoding, *asked)

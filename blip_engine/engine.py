@@ -68,7 +68,10 @@ class _Entry:
 
 
 class Engine:
-    """Holds models on a device and serves requests for all of them from one queue."""
+    """Holds models on a device and serves requests for all of them from one queue.
+
+    An image is a Pillow image, a path, a file's bytes, or uint8 pixels (H, W, 3).
+    """
 
     def __init__(self, device: str = "auto", precision: str = "auto") -> None:
         """`device`: auto, cpu, cuda, cuda:N. `precision`: auto, fp32, bf16, fp16. Raises OptionError."""
@@ -86,7 +89,10 @@ class Engine:
 
     @classmethod
     def load(cls, models: Mapping[str, str], device: str = "auto", precision: str = "auto") -> Self:
-        """An engine with models by name. A name that is a task says the task; else the checkpoint does."""
+        """An engine with models by name. A name that is a task says the task; else the checkpoint does.
+
+        Values are as `model` of `load_model`. Raises OptionError, CheckpointError.
+        """
         engine = cls(device, precision)
         for name, model in models.items():
             engine.load_model(name, model, name if name in TASKS else _task_of(model))
@@ -142,17 +148,26 @@ class Engine:
         model: str = "caption",
         **options: Any,
     ) -> list[Caption]:
-        """A caption of every image; `prompts`, one per image, are continued. Options: `requests.GenerationOptions`."""
+        """A caption of every image; `prompts`, one per image, are continued. Options: `requests.GenerationOptions`.
+
+        Raises OptionError, InputError, ImageError, EngineClosedError.
+        """
         return cast(list[Caption], self._ask(model, "caption", images, prompts or [""] * len(images), options))
 
     def answer(
         self, images: Sequence[ImageLike], questions: Sequence[str], *, model: str = "vqa", **options: Any
     ) -> list[Answer]:
-        """The answer to every question about the image at its place; an image given twice is encoded once."""
+        """The answer to every question about the image at its place; an image given twice is encoded once.
+
+        Options and errors are as of `caption`.
+        """
         return cast(list[Answer], self._ask(model, "vqa", images, questions, options))
 
     def match(self, images: Sequence[ImageLike], texts: Sequence[str], *, model: str = "itm") -> list[Match]:
-        """How well every text fits the image at its place; an image given twice is encoded once."""
+        """How well every text fits the image at its place; an image given twice is encoded once.
+
+        Raises InputError, ImageError, EngineClosedError.
+        """
         return cast(list[Match], self._ask(model, "itm", images, texts, {}))
 
     def embed(
@@ -162,7 +177,10 @@ class Engine:
         *,
         model: str = "itm",
     ) -> "np.ndarray[Any, np.dtype[np.float32]]":
-        """Unit vectors (N, projection) of images or of texts; their products are `Match.itc`."""
+        """Unit vectors (N, projection) of images or of texts; their products are `Match.itc`.
+
+        Raises InputError, ImageError.
+        """
         runner = self._runner(model, "itm")
         if not isinstance(runner, MatchRunner) or (images is None) == (texts is None):
             raise InputError("embed takes either images or texts, and a retrieval model")

@@ -1,4 +1,5 @@
-"""Images to normalised pixels: Pillow and NumPy, bit-equal with transformers' `BlipImageProcessorPil`.
+"""Images to normalised pixels: Pillow and NumPy, bit-equal with transformers' `BlipImageProcessorPil`
+(https://huggingface.co/docs/transformers/model_doc/blip).
 
 This class keeps transformers' habits (no EXIF rotation, 16 bits clipped to 8). What the workers use,
 `images.decode_image`, treats photographs as a labelling user expects.
@@ -80,7 +81,7 @@ class BlipImageProcessor:
     def __call__(
         self, images: ImageInput | Sequence[ImageInput], *, return_tensors: str | None = None, **overrides: Any
     ) -> BatchFeature:
-        """`preprocess`."""
+        """As `preprocess`."""
         return self.preprocess(images, return_tensors=return_tensors, **overrides)
 
     def preprocess(

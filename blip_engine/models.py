@@ -64,10 +64,11 @@ class BlipForConditionalGeneration(_BlipPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """Logits of a caption, and its loss if `labels` are given.
+        """Logits (B, T, vocabulary) of a caption, and its loss, one number, if `labels` are given.
 
         `pixel_values` (B, 3, H, W); `input_ids`, `attention_mask` and `labels` (B, T), -100 in `labels` is ignored.
-        Without `input_ids` the decoder reads [BOS] alone.
+        Without `input_ids` the decoder reads [BOS] alone. Returns a BlipForConditionalGenerationModelOutput, or a tuple
+        with `return_dict=False`. Raises InputError for images of another size or too many tokens.
         """
         vision = self.vision_model(
             pixel_values, interpolate_pos_encoding, *self.asked(output_attentions, output_hidden_states)
@@ -108,6 +109,11 @@ class BlipForConditionalGeneration(_BlipPreTrainedModel):
         last one is dropped, in a copy. Prompts of different lengths may be padded on either side; each row comes out as
         it would alone. The default is greedy decoding of 20 new tokens. `return_dict_in_generate` gives a
         GenerateOutput.
+
+        `generate_kwargs` are transformers': num_beams, do_sample, temperature, top_k, top_p, repetition_penalty,
+        length_penalty, num_return_sequences, max_length, min_length, max_new_tokens, min_new_tokens, early_stopping,
+        no_repeat_ngram_size, output_scores, return_dict_in_generate; and `generator`, a torch.Generator to sample with.
+        Raises OptionError for any other, InputError for images of another size or no room behind the prompt.
         """
         states = self.vision_model(pixel_values, interpolate_pos_encoding).last_hidden_state
         config = self.config.text_config
@@ -145,9 +151,11 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """The loss of answers `labels` (B, A) to questions `input_ids` (B, T) about `pixel_values` (B, 3, H, W).
+        """The mean loss of answers `labels` (B, A) to questions `input_ids` (B, T) about `pixel_values` (B, 3, H, W).
 
-        `decoder_input_ids` default to the labels, with -100 read as padding.
+        `decoder_input_ids` default to the labels, with -100 read as padding. Returns a BlipTextVisionModelOutput, or a
+        tuple with `return_dict=False`. Raises ValueError where there is neither, InputError for images of another size
+        or too many tokens.
         """
         if labels is None and decoder_input_ids is None:
             raise ValueError("pass labels to train, decoder_input_ids to run the decoder, or call generate()")
@@ -191,7 +199,7 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
         """Answers as token ids (B * num_return_sequences, A), [BOS] first, padded on the right.
 
         Padding of a question is hidden from the decoder, so a row comes out as it would alone (transformers shows it
-        the padding).
+        the padding). `generate_kwargs` and errors are as of `BlipForConditionalGeneration.generate`.
         """
         if not isinstance(input_ids, Tensor):
             input_ids = torch.tensor(input_ids, device=pixel_values.device)
@@ -254,6 +262,8 @@ class BlipForImageTextRetrieval(_BlipPreTrainedModel):
         """Match texts `input_ids` (B, T) with images `pixel_values` (B, 3, H, W).
 
         `itm_score` is (B, 2) logits (does not match, matches) with the ITM head, else (images, texts) cosines.
+        Returns a BlipImageTextMatchingModelOutput, or a tuple with `return_dict=False`. Raises InputError for images of
+        another size or too many tokens.
         """
         vision = self.vision_model(
             pixel_values, interpolate_pos_encoding, *self.asked(output_attentions, output_hidden_states)

@@ -1,4 +1,9 @@
-"""What the models return: dataclasses that also unpack and index as tuples of the fields that are set."""
+"""What the models return: dataclasses that also unpack and index as tuples of the fields that are set.
+
+Losses are one number each. Hidden states are (B, T, width), the embeddings' and every layer's, where an image has
+T = 1 + patches. Attentions are probabilities per layer, (B, heads, T, T), with a cache (B, heads, T, cached + T);
+cross-attentions (B, heads, T, S) look at S states of an image or a question.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields

@@ -42,7 +42,7 @@ class Pipeline:
 
 
 class VisualQuestionAnsweringPipeline(Pipeline):
-    """Questions about images."""
+    """Questions about images. Arguments of `generate` may follow; it raises OptionError for others."""
 
     task = "vqa"
     model_class = BlipForQuestionAnswering
@@ -62,7 +62,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
 
 
 class ImageToTextPipeline(Pipeline):
-    """Captions."""
+    """Captions. Arguments of `generate` may follow; it raises OptionError for others."""
 
     task = "caption"
     model_class = BlipForConditionalGeneration

@@ -107,7 +107,7 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         dtype: torch.dtype | str | None = None,
         device_map: str | int | torch.device | None = None,
     ) -> Self:
-        """`from_pretrained` for a checkpoint that was already found."""
+        """As `from_pretrained`, for a checkpoint that was already found. Raises CheckpointError."""
         config = cls.config_class.from_json_file(checkpoint.directory / CONFIG_FILE)
         tensors = {k: v for k, v in checkpoint.read().items() if not k.endswith(".position_ids")}
         tensors = cls.adapted(checkpoint.source, config, tensors)

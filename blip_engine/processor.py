@@ -44,12 +44,16 @@ class BlipProcessor:
         return_tensors: str | None = None,
         **image_options: Any,
     ) -> BatchFeature:
-        """`pixel_values` of `images`, `input_ids` and `attention_mask` of `text`; see the two parts for the arguments.
+        """`pixel_values` (B, 3, H, W) of `images`, `input_ids` and `attention_mask` (B, T) of `text`.
 
-        Raises ValueError when there is neither an image nor a text.
+        See BlipImageProcessor and BertTokenizer for the arguments. Raises ValueError when there is neither an image nor
+        a text, InputError for what is none.
         """
         if images is None and text is None:
             raise ValueError("You have to specify either images or text")
+        unknown = [name for name in image_options if name not in self.image_processor.to_dict()]
+        if unknown:
+            raise TypeError(f"BlipProcessor has no argument {unknown[0]!r}")
         features = BatchFeature()
         if images is not None:
             features.update(self.image_processor(images, return_tensors=return_tensors, **image_options))
@@ -62,9 +66,9 @@ class BlipProcessor:
         return features
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
-        """`tokenizer.decode`."""
+        """As `BertTokenizer.decode`."""
         return self.tokenizer.decode(token_ids, skip_special_tokens)
 
     def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
-        """`tokenizer.batch_decode`."""
+        """As `BertTokenizer.batch_decode`."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens)

@@ -65,7 +65,8 @@ class BlipTextModel(PreTrainedModel[BlipTextConfig]):
         `attention_mask` (B, cached + T) and `encoder_attention_mask` (B, S) hold 1 for tokens and 0 for padding.
         `encoder_hidden_states` (B, S, encoder width) turn the cross-attention on. As a decoder (`is_decoder`) tokens
         see only earlier ones, and `past_key_values` (made here with `use_cache`) carries keys and values between calls.
-        Returns a TextOutput, or a tuple with `return_dict=False`. Raises InputError for too many tokens.
+        Returns a TextOutput, or a tuple with `return_dict=False`. Raises InputError for too many tokens, ValueError for
+        none, or for both `input_ids` and `inputs_embeds`.
         """
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("You cannot specify both input_ids and inputs_embeds at the same time")

@@ -1,4 +1,7 @@
-"""BERT's WordPiece tokenizer over the `tokenizers` library, from `tokenizer.json` or `vocab.txt`."""
+"""BERT's WordPiece tokenizer over the `tokenizers` library, from `tokenizer.json` or `vocab.txt`.
+
+Source: Devlin et al. 2018, https://arxiv.org/abs/1810.04805; WordPiece is Wu et al. 2016, https://arxiv.org/abs/1609.08144.
+"""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -38,7 +41,7 @@ def wordpiece(vocab: dict[str, int], lowercase: bool = True) -> Tokenizer:
 
 
 class BertTokenizer:
-    """Texts to ids and back."""
+    """Texts to ids and back. A tokenizer without BERT's special tokens raises CheckpointError."""
 
     def __init__(self, tokenizer: Tokenizer, model_max_length: int = 512) -> None:
         tokenizer.no_padding()
@@ -126,7 +129,8 @@ class BertTokenizer:
         """Encode one text or several to `input_ids` and `attention_mask` (B, T).
 
         `padding`: False, True or "longest" (to the longest), "max_length". `truncation` cuts to `max_length`
-        (default: the model's), [SEP] kept. One text without `return_tensors` gives flat lists.
+        (default: the model's), [SEP] kept. One text without `return_tensors` gives flat lists. Raises InputError for
+        what is no text, ValueError for rows of different lengths where tensors are asked for.
         """
         alone = isinstance(text, str)
         rows = self.encode_rows([text] if isinstance(text, str) else text)

@@ -142,7 +142,7 @@ class BlipVisionModel(PreTrainedModel[BlipVisionConfig]):
         """Encode images.
 
         `pixel_values`: (B, 3, height, width), normalised. With `interpolate_pos_encoding` any multiple of the patch
-        size is taken; without it only the configured size. Raises InputError otherwise.
+        size is taken; without it only the configured size. Raises InputError otherwise, ValueError without images.
         Returns a VisionOutput, or a tuple with `return_dict=False`.
         """
         if pixel_values is None:

@@ -55,14 +55,14 @@ class BlipProcessor:
         if unknown:
             raise TypeError(f"BlipProcessor has no argument {unknown[0]!r}")
         features = BatchFeature()
-        if images is not None:
-            features.update(self.image_processor(images, return_tensors=return_tensors, **image_options))
         if text is not None:
             features.update(
                 self.tokenizer(
                     text, padding=padding, truncation=truncation, max_length=max_length, return_tensors=return_tensors
                 )
             )
+        if images is not None:
+            features.update(self.image_processor(images, return_tensors=return_tensors, **image_options))
         return features
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:

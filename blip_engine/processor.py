@@ -47,7 +47,7 @@ class BlipProcessor:
         """`pixel_values` (B, 3, H, W) of `images`, `input_ids` and `attention_mask` (B, T) of `text`.
 
         See BlipImageProcessor and BertTokenizer for the arguments. Raises ValueError when there is neither an image nor
-        a text, InputError for what is none.
+        a text, TypeError for an argument that neither has, InputError for what is no image or no text.
         """
         if images is None and text is None:
             raise ValueError("You have to specify either images or text")

@@ -287,7 +287,8 @@ class TestHub:
         with pytest.raises(CheckpointError, match=rf"model '{name}' cannot be fetched from the hub: [^\n]+$"):
             find_checkpoint(name)
 
-    def test_demo_needs_a_task(self) -> None:
+    def test_demo_needs_a_task(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)  # `make demo` leaves a folder of that name in the repository
         assert find_checkpoint("demo", task="caption").revision is None
         with pytest.raises(CheckpointError, match="no model 'demo'"):
             find_checkpoint("demo")

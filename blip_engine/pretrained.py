@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from .checkpoint import SAFETENSORS_FILE, Checkpoint, check_tensors, find_checkpoint
 from .config import CONFIG_FILE, BlipConfig, BlipTextConfig, BlipVisionConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, OptionError
 from .outputs import ModelOutput
+from .precision import choose_device
 
 ConfigT = TypeVar("ConfigT", BlipConfig, BlipTextConfig, BlipVisionConfig)
 
@@ -94,8 +95,8 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         """Load a checkpoint, whole or not at all, in evaluation mode.
 
         `dtype` (or `torch_dtype`, its older name) None or "auto" keeps the file's.
-        `device_map` is a device, or "auto" for the GPU if there is one.
-        Raises CheckpointError.
+        `device_map` is a device, or "auto" for the GPU if there is one. Raises CheckpointError; OptionError for a
+        device that is not there.
         """
         checkpoint = find_checkpoint(pretrained_model_name_or_path, revision)
         return cls.from_checkpoint(checkpoint, torch_dtype if dtype is None else dtype, device_map)
@@ -107,7 +108,8 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         dtype: torch.dtype | str | None = None,
         device_map: str | int | torch.device | None = None,
     ) -> Self:
-        """As `from_pretrained`, for a checkpoint that was already found. Raises CheckpointError."""
+        """As `from_pretrained`, for a checkpoint that was already found. Raises CheckpointError and OptionError."""
+        device, kind = _device(device_map), _dtype(dtype)  # a wrong one is told before anything is read
         config = cls.config_class.from_json_file(checkpoint.directory / CONFIG_FILE)
         tensors = {k: v for k, v in checkpoint.read().items() if not k.endswith(".position_ids")}
         tensors = cls.adapted(checkpoint.source, config, tensors)
@@ -121,7 +123,7 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         twins = {alias: source for alias, source in model.tied_weights.items() if _is_twin(tensors, alias, source)}
         model.load_state_dict(tensors | {alias: tensors[source] for alias, source in twins.items()}, assign=True)
         model.tie_weights(twins)
-        return model.to(device=_device(device_map), dtype=_dtype(dtype)).eval()
+        return model.to(device=device, dtype=kind).eval()
 
     @classmethod
     def adapted(cls, source: str, config: ConfigT, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG003
@@ -171,6 +173,8 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _device(device: str | int | torch.device | None) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device("cpu" if device is None else device)
+    if device is None:
+        return torch.device("cpu")
+    if not isinstance(device, str | int | torch.device):
+        raise OptionError(f"device_map must be one device for the whole model, or 'auto', not {device!r}")
+    return choose_device(f"cuda:{device}" if isinstance(device, int) else str(device))

@@ -120,6 +120,18 @@ class TestLoading:
 
 
 class TestFaults:
+    @pytest.mark.parametrize(
+        ("device", "fault"),
+        [
+            ("balanced", "device 'balanced' is unknown; use auto, cpu, cuda"),
+            (99, "device 'cuda:99' is not here: torch sees"),
+            ({"text_decoder": 0}, "must be one device for the whole model, or 'auto', not {'text_decoder': 0}"),
+        ],
+    )
+    def test_devices(self, places: dict[str, Path], device: Any, fault: str) -> None:
+        with pytest.raises(OptionError, match=fault):
+            BlipForQuestionAnswering.from_pretrained(places["vqa"], device_map=device)
+
     def test_tasks_and_checkpoints(self, places: dict[str, Path]) -> None:
         with pytest.raises(
             OptionError, match="no task 'translation'; it has: visual-question-answering, image-to-text"

@@ -1,7 +1,8 @@
 """Configurations of BLIP's parts, with the defaults of `Salesforce/blip-vqa-base` as transformers has them.
 
 Hub files carry only what differs from these defaults, so the defaults must stay equal to transformers'
-(https://huggingface.co/docs/transformers/model_doc/blip). A value that describes no model raises ValueError.
+(https://huggingface.co/docs/transformers/model_doc/blip). A value that describes no model raises ValueError,
+a tower that is neither a configuration nor a dictionary TypeError.
 """
 
 import json

@@ -91,7 +91,7 @@ class Engine:
     def load(cls, models: Mapping[str, str], device: str = "auto", precision: str = "auto") -> Self:
         """An engine with models by name. A name that is a task says the task; else the checkpoint does.
 
-        Values are as `model` of `load_model`. Raises OptionError, CheckpointError.
+        Values are as `model` of `load_model`; `demo` needs a task for its name. Raises OptionError, CheckpointError.
         """
         engine = cls(device, precision)
         for name, model in models.items():
@@ -150,7 +150,7 @@ class Engine:
     ) -> list[Caption]:
         """A caption of every image; `prompts`, one per image, are continued. Options: `requests.GenerationOptions`.
 
-        Raises OptionError, InputError, ImageError, EngineClosedError.
+        Raises OptionError, InputError, ImageError, EngineClosedError, and OSError for a file that cannot be read.
         """
         return cast(list[Caption], self._ask(model, "caption", images, prompts or [""] * len(images), options))
 
@@ -166,7 +166,7 @@ class Engine:
     def match(self, images: Sequence[ImageLike], texts: Sequence[str], *, model: str = "itm") -> list[Match]:
         """How well every text fits the image at its place; an image given twice is encoded once.
 
-        Raises InputError, ImageError, EngineClosedError.
+        Raises InputError, ImageError, EngineClosedError, OSError.
         """
         return cast(list[Match], self._ask(model, "itm", images, texts, {}))
 
@@ -179,7 +179,7 @@ class Engine:
     ) -> "np.ndarray[Any, np.dtype[np.float32]]":
         """Unit vectors (N, projection) of images or of texts; their products are `Match.itc`.
 
-        Raises InputError, ImageError.
+        Raises InputError, ImageError, OSError.
         """
         runner = self._runner(model, "itm")
         if not isinstance(runner, MatchRunner) or (images is None) == (texts is None):

@@ -25,15 +25,16 @@ from .batcher import Batcher
 from .checkpoint import find_checkpoint
 from .config import CONFIG_FILE
 from .errors import CheckpointError, EngineClosedError, InputError
-from .images import decode_image, resized_pixels
+from .images import resized_pixels
+from .pipelines import load_image
 from .precision import choose_device, choose_dtype
-from .requests import TASKS, Answer, Caption, Match, Options, Request, Result, Task, options_for
+from .requests import DEMO_MODEL, TASKS, Answer, Caption, Match, Options, Request, Result, Task, options_for
 from .resident import MODEL_CLASSES, Pixels, ResidentModel
 from .runner import AnswerRunner, CaptionRunner, MatchRunner, Prepared, runner_for
 
 _log = logging.getLogger(__name__)
 
-#: A Pillow image, a file, its bytes, or uint8 pixels (H, W, 3).
+#: A Pillow image, a file, a URL, an image's bytes, or uint8 pixels (H, W, 3).
 ImageLike: TypeAlias = "Image.Image | str | Path | bytes | np.ndarray[Any, Any]"
 
 
@@ -93,6 +94,9 @@ class Engine:
 
         Values are as `model` of `load_model`; `demo` needs a task for its name. Raises OptionError, CheckpointError.
         """
+        for name, model in models.items():
+            if model == DEMO_MODEL and name not in TASKS:
+                raise CheckpointError(f"{name!r}: {model!r} has a checkpoint for each task; name it {', '.join(TASKS)}")
         engine = cls(device, precision)
         for name, model in models.items():
             engine.load_model(name, model, name if name in TASKS else _task_of(model))
@@ -150,9 +154,9 @@ class Engine:
     ) -> list[Caption]:
         """A caption of every image; `prompts`, one per image, are continued. Options: `requests.GenerationOptions`.
 
-        Raises OptionError, InputError, ImageError, EngineClosedError, and OSError for a file that cannot be read.
+        Raises OptionError, InputError, ImageError, EngineClosedError.
         """
-        return cast(list[Caption], self._ask(model, "caption", images, prompts or [""] * len(images), options))
+        return cast(list[Caption], self._ask(model, "caption", images, prompts, options))
 
     def answer(
         self, images: Sequence[ImageLike], questions: Sequence[str], *, model: str = "vqa", **options: Any
@@ -166,7 +170,7 @@ class Engine:
     def match(self, images: Sequence[ImageLike], texts: Sequence[str], *, model: str = "itm") -> list[Match]:
         """How well every text fits the image at its place; an image given twice is encoded once.
 
-        Raises InputError, ImageError, EngineClosedError, OSError.
+        Raises InputError, ImageError, EngineClosedError.
         """
         return cast(list[Match], self._ask(model, "itm", images, texts, {}))
 
@@ -179,19 +183,28 @@ class Engine:
     ) -> "np.ndarray[Any, np.dtype[np.float32]]":
         """Unit vectors (N, projection) of images or of texts; their products are `Match.itc`.
 
-        Raises InputError, ImageError, OSError.
+        Raises InputError, ImageError, EngineClosedError.
         """
         runner = self._runner(model, "itm")
         if not isinstance(runner, MatchRunner) or (images is None) == (texts is None):
             raise InputError("embed takes either images or texts, and a retrieval model")
+        if not self._end.alive:
+            raise EngineClosedError("the engine is closed")
+        words = _listed("texts", texts or ())
+        pixels = [_pixels(image, runner.resident.image_size) for image in _listed("images", images or ())]
         with self._device_lock:
-            if texts is not None:
-                return runner.embed_texts(texts).numpy()
-            return runner.embed_images([_pixels(image, runner.resident.image_size) for image in images or ()]).numpy()
+            return (runner.embed_images(pixels) if texts is None else runner.embed_texts(words)).numpy()
 
     def _ask(
-        self, model: str, task: Task, images: Sequence[ImageLike], texts: Sequence[str], options: Mapping[str, Any]
+        self,
+        model: str,
+        task: Task,
+        images: Sequence[ImageLike],
+        texts: Sequence[str] | None,
+        options: Mapping[str, Any],
     ) -> list[Result]:
+        images = _listed("images", images)
+        texts = [""] * len(images) if texts is None else _listed("texts", texts)
         if len(images) != len(texts):
             raise InputError(f"{len(images)} images and {len(texts)} texts: there must be one text for each image")
         chosen, size = options_for(task, options), self._runner(model, task).resident.image_size
@@ -262,16 +275,19 @@ def _request(model: str, task: Task, pixels: Pixels, texts: Sequence[str], optio
     return Request(model, task, pixels, tuple(texts), options)
 
 
+def _listed(name: str, values: Sequence[Any]) -> list[Any]:
+    """The values, kept alive one by one: slices of an array would give way to each other's identity."""
+    if isinstance(values, str | bytes | Path | Image.Image):
+        raise InputError(f"{name} must be a list, not one {type(values).__name__}")
+    return list(values)
+
+
 def _pixels(image: ImageLike, size: tuple[int, int]) -> Pixels:
-    if isinstance(image, str | Path):
-        image = Path(image).read_bytes()
-    if isinstance(image, bytes):
-        image = decode_image(image)
-    elif isinstance(image, np.ndarray):
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(f"an array must be uint8 (height, width, 3), not {image.dtype} {image.shape}")
         image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise InputError(f"an image must be a Pillow image, a path, bytes or an array, not {type(image).__name__}")
-    return resized_pixels(image.convert("RGB"), size)
+    return resized_pixels(load_image(image).convert("RGB"), size)
 
 
 def _task_of(model: str) -> Task:

@@ -162,6 +162,8 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
     @torch.inference_mode()
     def embed_images(self, pixels: Sequence[Pixels]) -> Tensor:
         """Unit vectors (N, projection) float32 of uint8 images at the model's size."""
+        if not pixels:
+            return torch.empty(0, self.resident.model.config.image_text_hidden_size)
         encoded = self.resident.encode_images(pixels)
         blocks = encoded.states.split(self.resident.shapes.images)
         return torch.cat([self.resident.model.project_image(block) for block in blocks]).float()[: len(pixels)].cpu()

@@ -327,3 +327,29 @@ class TestLife:
             assert all(np.isfinite(answer.score) for answer in engine.answer(IMAGES[:3], QUESTIONS[:3]))
             assert all(0 <= match.itm <= 1 for match in engine.match(IMAGES[:3], QUESTIONS[:3]))
             assert engine.embed(images=IMAGES[:3]).dtype == np.float32
+
+
+def test_slips_in_calls_are_told(engine: Engine) -> None:
+    picture = np.zeros((32, 32, 3), dtype=np.uint8)
+    for call in (
+        lambda: engine.caption("cat.jpg"),
+        lambda: engine.caption(Image.fromarray(picture)),
+        lambda: engine.match([picture], "a dog"),
+        lambda: engine.embed(texts="a dog"),
+        lambda: engine.caption(["/nowhere/cat.jpg"]),
+        lambda: engine.caption([picture.astype(np.float32)]),
+        lambda: engine.caption([picture[:, :, 0]]),
+        lambda: engine.caption([None]),
+    ):
+        with pytest.raises(InputError) as told:
+            call()
+        assert "\n" not in str(told.value)
+    assert engine.embed(images=[]).shape == engine.embed(texts=[]).shape
+    with pytest.raises(CheckpointError, match="name it caption, vqa, itm"):
+        Engine.load({"mine": "demo"}, device="cpu")
+
+
+def test_a_stack_of_images_is_as_many_images(engine: Engine) -> None:
+    stack = np.random.default_rng(3).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    assert engine.caption(stack) == engine.caption(list(stack))
+    assert len({caption.score for caption in engine.caption(stack)}) > 1

@@ -3,10 +3,11 @@
     python -m blip_engine.shapes.train caption OUT
     python -m blip_engine.shapes.train caption OUT --start OUT/caption --seed 1 --learning-rate 1e-3
     python -m blip_engine.shapes.train vqa OUT --start OUT/caption
+    python -m blip_engine.shapes.train vqa OUT --start OUT/vqa --seed 1 --steps 1000
     python -m blip_engine.shapes.train itm OUT --start OUT/caption
 
-writes `OUT/<task>/` in the hub's layout; each line takes about ten minutes on two cores. The models are the package's
-own modules, the losses are BLIP's (Li et al. 2022, https://arxiv.org/abs/2201.12086): language modelling for captions
+writes `OUT/<task>/` in the hub's layout; each line takes ten to twenty minutes on two cores. The models are the
+package's own modules, the losses are BLIP's (Li et al. 2022, https://arxiv.org/abs/2201.12086): language modelling for captions
 and answers, matching and contrast for texts.
 """
 

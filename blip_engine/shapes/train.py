@@ -7,8 +7,8 @@
     python -m blip_engine.shapes.train itm OUT --start OUT/caption
 
 writes `OUT/<task>/` in the hub's layout; each line takes ten to twenty minutes on two cores. The models are the
-package's own modules, the losses are BLIP's (Li et al. 2022, https://arxiv.org/abs/2201.12086): language modelling for captions
-and answers, matching and contrast for texts.
+package's own modules, the losses are BLIP's (Li et al. 2022, https://arxiv.org/abs/2201.12086): language modelling for
+captions and answers, matching and contrast for texts.
 """
 
 import argparse

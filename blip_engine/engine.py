@@ -28,7 +28,7 @@ from .errors import CheckpointError, EngineClosedError, InputError
 from .images import resized_pixels
 from .pipelines import load_image
 from .precision import choose_device, choose_dtype
-from .requests import DEMO_MODEL, TASKS, Answer, Caption, Match, Options, Request, Result, Task, options_for
+from .requests import DEMO_MODEL, TASKS, Answer, Caption, Match, Request, Result, Task, options_for
 from .resident import MODEL_CLASSES, Pixels, ResidentModel
 from .runner import AnswerRunner, CaptionRunner, MatchRunner, Prepared, runner_for
 
@@ -212,7 +212,7 @@ class Engine:
         for place, image in enumerate(images):
             places.setdefault(id(image), []).append(place)
         futures = [
-            self.submit(_request(model, task, _pixels(images[group[0]], size), [texts[p] for p in group], chosen))
+            self.submit(Request(model, task, _pixels(images[group[0]], size), tuple(texts[p] for p in group), chosen))
             for group in places.values()
         ]
         results: dict[int, Result] = {}
@@ -269,10 +269,6 @@ class Engine:
 def _stop(batcher: Batcher[_Entry], thread: threading.Thread) -> None:
     batcher.close()
     thread.join()
-
-
-def _request(model: str, task: Task, pixels: Pixels, texts: Sequence[str], options: Options) -> Request:
-    return Request(model, task, pixels, tuple(texts), options)
 
 
 def _listed(name: str, values: Sequence[Any]) -> list[Any]:

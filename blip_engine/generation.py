@@ -28,9 +28,9 @@ class Prompt:
     mask: Tensor | None  # (B, P), 1 for tokens; None when no row is padded
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]], pad: int, device: torch.device, width: int = 0) -> "Prompt":
-        """From lists of ids, padded to `width`, or to the longest."""
-        width = max(width, *(len(row) for row in rows))
+    def of(cls, rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> "Prompt":
+        """From lists of ids, padded to the longest."""
+        width = max(len(row) for row in rows)
         ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         always_masked = width > 1  # decided by the width, never by the other rows: see batch invariance

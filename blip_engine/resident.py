@@ -69,6 +69,7 @@ class TextBatch:
     """Texts of one padded length, filled up to the fixed number."""
 
     rows: list[int]  # which texts of the step these are; the blank ones are not listed
+    tokens: list[Sequence[int]]  # of the texts listed
     images: Tensor  # (texts,) the image each belongs to
     ids: Tensor  # (texts, T)
     mask: Tensor  # (texts, T), 1 for tokens
@@ -105,17 +106,23 @@ class ResidentModel(Generic[ModelT]):
     @torch.inference_mode()
     def encode_images(self, pixels: Sequence[Pixels]) -> ImageStates:
         """uint8 (H, W, 3) images at the model's size to their states and cross-attention keys and values."""
+        states = self.image_states(pixels)
+        cross = [self._project_cross(part) for part in states]
+        layers = [
+            (torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])) for parts in zip(*cross, strict=True)
+        ]
+        return ImageStates(torch.cat(states), layers)
+
+    @torch.inference_mode()
+    def image_states(self, pixels: Sequence[Pixels]) -> list[Tensor]:
+        """The states alone, in blocks (`shapes.images`, S, vision width), the last one filled up with blank images."""
         size, states = self.shapes.images, []
         for start in range(0, len(pixels), size):
             block = np.zeros((size, *self.image_size, 3), dtype=np.uint8)
             for row, image in enumerate(pixels[start : start + size]):
                 block[row] = image
             states.append(self.model.vision_model(self._normalise(torch.from_numpy(block))).last_hidden_state)
-        cross = [self._project_cross(part) for part in states]
-        layers = [
-            (torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])) for parts in zip(*cross, strict=True)
-        ]
-        return ImageStates(torch.cat(states), layers)
+        return states
 
     def _normalise(self, block: Tensor) -> Tensor:
         levels = block.to(self.device, non_blocking=True).permute(0, 3, 1, 2).int()
@@ -152,7 +159,7 @@ class ResidentModel(Generic[ModelT]):
             span = slice(width - len(tokens), width) if left else slice(0, len(tokens))
             ids[place, span], mask[place, span], owners[place] = tokens, 1, images[index]
         ids_, mask_, owners_ = (torch.from_numpy(array).to(self.device) for array in (ids, mask, owners))
-        return TextBatch(rows, owners_, ids_, mask_)
+        return TextBatch(rows, [token_rows[index] for index in rows], owners_, ids_, mask_)
 
     def cross_of(self, encoded: ImageStates, images: Tensor) -> CrossKeys:
         """Keys and values of the image of every text, (texts, heads, S, hs) per layer."""

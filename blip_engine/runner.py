@@ -106,23 +106,20 @@ class CaptionRunner(_Generating[BlipForConditionalGeneration]):
 
     def _tokenise(self, texts: Sequence[str], options: Options) -> list[list[int]]:
         new = options.max_new_tokens if isinstance(options, GenerationOptions) else 0
-        rows = self._encode(
-            texts, self._text_config.max_position_embeddings + 2 - new
-        )  # [SEP] goes, the last is unread
+        # [SEP] goes, and the last new token is not read.
+        rows = self._encode(texts, self._text_config.max_position_embeddings + 2 - new)
         return [[self._text_config.bos_token_id, *row[1:-1]] for row in rows]  # [BOS] for [CLS], no [SEP]
 
     def _run_texts(self, stage: _Stage) -> Sequence[Result]:
         texts = stage.texts
         prompt = Prompt(texts.ids, texts.mask if texts.ids.shape[1] > 1 else None)
         generated = self._generate(prompt, Memory(None, None, stage.cross), stage)
-        ids, masks = texts.ids.tolist(), texts.mask.tolist()
-        prompts = [[i for i, kept in zip(row, mask, strict=True) if kept] for row, mask in zip(ids, masks, strict=True)]
         return [
             self._caption(prompt_ids, hypotheses)
-            for prompt_ids, hypotheses in zip(prompts, _hypotheses(generated, len(texts.rows)), strict=False)
+            for prompt_ids, hypotheses in zip(texts.tokens, _hypotheses(generated, len(texts.rows)), strict=True)
         ]
 
-    def _caption(self, prompt: list[int], hypotheses: list[tuple[tuple[int, ...], float]]) -> Caption:
+    def _caption(self, prompt: Sequence[int], hypotheses: list[tuple[tuple[int, ...], float]]) -> Caption:
         best, *others = [Caption(self._decode([*prompt, *ids]), score, ids) for ids, score in hypotheses]
         return Caption(best.text, best.score, best.token_ids, tuple(others))
 
@@ -164,8 +161,7 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
         """Unit vectors (N, projection) float32 of uint8 images at the model's size."""
         if not pixels:
             return torch.empty(0, self.resident.model.config.image_text_hidden_size)
-        encoded = self.resident.encode_images(pixels)
-        blocks = encoded.states.split(self.resident.shapes.images)
+        blocks = self.resident.image_states(pixels)
         return torch.cat([self.resident.model.project_image(block) for block in blocks]).float()[: len(pixels)].cpu()
 
     @torch.inference_mode()
@@ -195,18 +191,13 @@ def _hypotheses(generated: Generated, rows: int) -> list[list[tuple[tuple[int, .
 
 def _uniforms(options: GenerationOptions, stage: _Stage) -> Tensor:
     """The draws of every text: of its seed, image and words alone, so that batch-mates change nothing."""
-    texts, batch = stage.texts, stage.batch
-    uniforms = torch.zeros(len(texts.ids), options.num_return_sequences, options.max_new_tokens)
-    owners, places = texts.images.tolist(), _places(batch)
-    for place, index in enumerate(texts.rows):
-        request = batch[owners[place]].request
+    asked = [(entry.request, text) for entry in stage.batch for text in entry.request.texts]
+    uniforms = torch.zeros(len(stage.texts.ids), options.num_return_sequences, options.max_new_tokens)
+    for place, index in enumerate(stage.texts.rows):
+        request, text = asked[index]
         digest = hashlib.blake2b(request.pixels.tobytes(), digest_size=8)
-        digest.update(request.texts[places[index]].encode())
+        digest.update(text.encode())
         digest.update(options.seed.to_bytes(8, "little"))
         generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
         uniforms[place] = torch.rand(uniforms.shape[1:], generator=generator)
     return uniforms
-
-
-def _places(batch: Sequence[Prepared]) -> list[int]:
-    return [place for entry in batch for place in range(len(entry.tokens))]

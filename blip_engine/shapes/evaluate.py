@@ -19,18 +19,13 @@ from ..errors import BlipError
 from ..image_processor import CLIP_MEAN, CLIP_STD
 from ..models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from ..requests import TASKS, Task
+from ..resident import MODEL_CLASSES
 from ..tokenizer import BertTokenizer
 from .scenes import Drawing, held_out_drawings
 from .texts import mismatch, questions
 
 #: (kind, whether the model was right) for everything asked of a batch of drawings
 Marks: TypeAlias = Iterator[tuple[str, bool]]
-
-MODELS: Final[dict[Task, type[Any]]] = {
-    "caption": BlipForConditionalGeneration,
-    "vqa": BlipForQuestionAnswering,
-    "itm": BlipForImageTextRetrieval,
-}
 
 
 def pixels(batch: Sequence[Drawing]) -> Tensor:
@@ -98,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         checkpoint = find_checkpoint(given.model, task=given.task)
-        model = MODELS[given.task].from_checkpoint(checkpoint, PRECISIONS[given.precision])
+        model = MODEL_CLASSES[given.task].from_checkpoint(checkpoint, PRECISIONS[given.precision])
         tokenizer = BertTokenizer.from_directory(checkpoint.directory)
     except BlipError as error:
         sys.stderr.write(f"{error}\n")

@@ -30,8 +30,9 @@ from ..errors import BlipError
 from ..image_processor import BlipImageProcessor
 from ..processor import BlipProcessor
 from ..requests import TASKS, Task
+from ..resident import MODEL_CLASSES
 from ..tokenizer import BertTokenizer, wordpiece
-from .evaluate import MODELS, pixels
+from .evaluate import pixels
 from .scenes import HELD_OUT_SEEDS, SIDE, Drawing, drawing
 from .texts import VOCABULARY, mismatch, questions
 
@@ -86,7 +87,7 @@ def demo_processor() -> BlipProcessor:
 
 def new_model(task: Task, text_layers: int) -> Any:
     """A model with random weights. Image positions begin as sines of row and column: "left of" is learned sooner."""
-    model = MODELS[task](demo_config(text_layers))
+    model = MODEL_CLASSES[task](demo_config(text_layers))
     side, width = SIDE // 8, model.config.vision_config.hidden_size
     angles = torch.arange(side)[:, None] / 4 ** (torch.arange(width // 4) / (width // 4) * 2)  # (side, width / 4)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)

@@ -14,8 +14,9 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from blip_engine.errors import CheckpointError
 from blip_engine.processor import BlipProcessor
 from blip_engine.requests import TASKS, Task
+from blip_engine.resident import MODEL_CLASSES
 from blip_engine.shapes import demo_checkpoint
-from blip_engine.shapes.evaluate import MODELS, evaluate, pixels
+from blip_engine.shapes.evaluate import evaluate, pixels
 from blip_engine.shapes.evaluate import main as evaluate_main
 from blip_engine.shapes.scenes import held_out_drawings
 from blip_engine.shapes.texts import VOCABULARY
@@ -72,7 +73,7 @@ def test_an_unknown_task_has_no_demo_checkpoint() -> None:
 def test_a_shipped_checkpoint_is_small_and_complete(task: Task) -> None:
     files = {path.name: path.stat().st_size for path in demo_checkpoint(task).iterdir()}
     assert files["model.safetensors"] <= 6_000_000
-    model = MODELS[task].from_pretrained(demo_checkpoint(task))
+    model = MODEL_CLASSES[task].from_pretrained(demo_checkpoint(task))
     assert sum(weight.numel() for weight in model.parameters()) <= 1_450_000
     assert model.dtype == torch.float32
     text = model.config.text_config
@@ -82,7 +83,7 @@ def test_a_shipped_checkpoint_is_small_and_complete(task: Task) -> None:
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_shipped_checkpoint_knows_held_out_drawings(task: Task, precision: torch.dtype) -> None:
-    model = MODELS[task].from_pretrained(demo_checkpoint(task), dtype=precision)
+    model = MODEL_CLASSES[task].from_pretrained(demo_checkpoint(task), dtype=precision)
     tokenizer = BlipProcessor.from_pretrained(demo_checkpoint(task)).tokenizer
     assert evaluate(task, model, tokenizer, 150, seed=2)["all"] >= 0.97
 
@@ -119,7 +120,7 @@ def test_transformers_loads_it_whole_and_computes_the_same(task: Task) -> None:
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
     theirs = theirs.eval()
-    ours = MODELS[task].from_pretrained(folder)
+    ours = MODEL_CLASSES[task].from_pretrained(folder)
     inputs = _inputs(task, transformers.BertTokenizer.from_pretrained(folder))
     assert all(torch.equal(value, _inputs(task, BlipProcessor.from_pretrained(folder).tokenizer)[name])
                for name, value in inputs.items())  # fmt: skip
@@ -147,7 +148,7 @@ def test_the_image_processor_is_read_by_transformers_and_gives_what_training_saw
 
 def test_similarity_ranks_a_drawings_own_caption_first() -> None:
     folder = demo_checkpoint("itm")
-    model, processor = MODELS["itm"].from_pretrained(folder), BlipProcessor.from_pretrained(folder)
+    model, processor = MODEL_CLASSES["itm"].from_pretrained(folder), BlipProcessor.from_pretrained(folder)
     drawn = list({each.scene.caption: each for each in held_out_drawings(100, seed=4)}.values())[:50]
     given = processor.tokenizer([each.scene.caption for each in drawn], padding=True, return_tensors="pt")
     with torch.no_grad():

@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench bench-limit bench-profile bench-pipeline clean
 
 demo: $(VENV)/worker.stamp ## draw pictures; caption, question and match them; show how often the model is right
 	$(BIN)/blip-batch demo --output demo $(DEMO_ARGS)
@@ -21,8 +22,18 @@ lint: $(VENV)/dev.stamp ## style, types, the rule of imports
 docs: $(VENV)/worker.stamp ## docs/api.md from the docstrings
 	$(BIN)/python docs/generate_api.py
 
+# Which and how: BENCH_ARGS='--model large --repeats 9 --json figures.json'; each says its flags with --help.
 bench: $(VENV)/dev.stamp ## speed against transformers on this machine; takes minutes
-	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python -m benchmarks.engine $(BENCH_ARGS)
+
+bench-limit: $(VENV)/dev.stamp ## what this machine can multiply and copy, and the share of it every stage reaches
+	$(BIN)/python -m benchmarks.limit $(BENCH_ARGS)
+
+bench-profile: $(VENV)/dev.stamp ## where the engine's time goes, stage by stage
+	$(BIN)/python -m benchmarks.profile $(BENCH_ARGS)
+
+bench-pipeline: $(VENV)/dev.stamp ## a whole `blip-batch run` against the engine alone
+	$(BIN)/python -m benchmarks.pipeline $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

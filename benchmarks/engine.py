@@ -1,144 +1,310 @@
-"""The engine against transformers, on this machine, in one run: same random weights, same tokens forced.
+"""The engine against transformers, on this machine, in one run: same random weights, same lengths forced.
 
-    python benchmarks/engine.py --images 16 --repeats 3
+    python -m benchmarks.engine --model base --images 16 --repeats 5
 
-Each side takes the same decoded images to results. transformers runs at the batch sizes given and the best one counts;
-both sides run in `--dtype`. Repeats are interleaved; the table has medians, and the ratio of each pair's rates.
+Both sides take images at the model's size to results. transformers gets its best setting: pixels normalised and cast
+beforehand, the better of its number types, then the best of the batch sizes, all found in this run and in a process
+with the engine's memory setting. For ITM it computes the matching score only (one pass), the engine the similarity too.
+Repeats are interleaved and take turns in who goes first; the table has medians, and the spread of the pairs' ratios.
+`same` is the share of rows with the same tokens (ITM and embeddings: the greatest difference); in half precision random
+weights make near-ties, so only fp32 on both sides must give 1.
 """
 
 import argparse
-import json
-import platform
+import copy
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from torch.nn import functional as F
 
-from blip_engine import BertTokenizer, BlipConfig, BlipImageProcessor, Engine
-from blip_engine.requests import Task
+from blip_engine import BertTokenizer, BlipImageProcessor, Engine
+from blip_engine.precision import choose_device
+from blip_engine.requests import TASKS, Request, Task, options_for
 from blip_engine.resident import MODEL_CLASSES
-from blip_engine.tokenizer import wordpiece
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUESTION = "a word a word a word"
-#: what is timed: name -> task, options of the engine (transformers gets the same)
-WORKLOADS: dict[str, tuple[Task, dict[str, Any]]] = {
-    "caption, greedy 20": ("caption", {"num_beams": 1, "min_new_tokens": 20, "max_new_tokens": 20}),
-    "caption, beams 3, 20": ("caption", {"num_beams": 3, "min_new_tokens": 20, "max_new_tokens": 20}),
-    "vqa, beams 3, 9": ("vqa", {"num_beams": 3, "min_new_tokens": 9, "max_new_tokens": 9}),
-    "itm": ("itm", {}),
+from . import common
+from .common import DTYPES
+
+QUESTION_TOKENS = 10  # with [CLS] and [SEP]
+CAPTION_TOKENS = 12  # of a text to match: what a caption of COCO has, with [CLS] and [SEP]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of every image."""
+
+    name: str
+    task: Task
+    texts: int  # of every image; 0: none
+    unit: str
+    options: dict[str, Any] = field(default_factory=dict)  # of the engine, and of transformers' generate
+    embeds: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        """The texts, the same for every image."""
+        return common.random_texts(self.texts, QUESTION_TOKENS if self.task == "vqa" else CAPTION_TOKENS)
+
+
+def _forced(tokens: int, **options: Any) -> dict[str, Any]:
+    return {"min_new_tokens": tokens, "max_new_tokens": tokens, **options}
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("caption-greedy", "caption", 0, "images/s", _forced(20, num_beams=1)),
+        Workload("caption-beams3", "caption", 0, "images/s", _forced(20, num_beams=3)),
+        Workload("caption-nucleus", "caption", 0, "images/s", _forced(20, num_beams=1, do_sample=True, top_p=0.9)),
+        Workload("vqa-1", "vqa", 1, "questions/s", _forced(9, num_beams=3)),
+        Workload("vqa-8", "vqa", 8, "questions/s", _forced(9, num_beams=3)),
+        Workload("itm-1", "itm", 1, "pairs/s"),
+        Workload("itm-8", "itm", 8, "pairs/s"),
+        Workload("embed", "itm", 1, "pairs/s", embeds=True),
+    )
 }
+Images = Sequence[np.ndarray[Any, Any]]
 
 
-def random_checkpoint(folder: Path, task: Task) -> Path:
-    """BLIP base (ViT-B, 384 px, 12 heads) with random weights, in the hub's layout."""
-    torch.manual_seed(0)
-    text, vision = {"num_attention_heads": 12}, {"initializer_range": 0.02}
-    MODEL_CLASSES[task](BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)  # type: ignore[arg-type]
-    words = ["[PAD]", "[UNK]", *(f"[unused{i}]" for i in range(99)), "[CLS]", "[SEP]", "[MASK]", "a", "word"]
-    BertTokenizer(wordpiece({word: i for i, word in enumerate(words)})).save_pretrained(folder)
-    BlipImageProcessor().save_pretrained(folder)
-    return folder
+class Ours:
+    """The engine, asked as a worker asks it: a request per image with all its texts."""
+
+    def __init__(self, folder: Path, task: Task, given: argparse.Namespace) -> None:
+        self.engine = Engine.load({task: str(folder)}, given.device, given.precision)
+
+    def run(self, workload: Workload, images: Images) -> Any:
+        """Results of every image and text, in order."""
+        if workload.embeds:
+            words = workload.words * len(images)
+            return self.engine.embed(images), self.engine.embed(texts=words)
+        options = options_for(workload.task, workload.options)
+        texts = tuple(workload.words) or ("",)
+        requests = [Request(workload.task, workload.task, pixels, texts, options) for pixels in images]
+        futures = [self.engine.submit(request) for request in requests]
+        return [result for future in futures for result in future.result()]
 
 
-def peer(folder: Path, task: Task, dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
-    """transformers doing the same: pixels of a batch, on the device, to results."""
-    kind = getattr(transformers, MODEL_CLASSES[task].__name__)
-    model = kind.from_pretrained(folder, dtype=dtype).eval().to(device)
-    processor = BlipImageProcessor()
-    ids = torch.tensor(BertTokenizer.from_pretrained(folder).encode_rows([QUESTION]), device=device)
+class Theirs:
+    """transformers, in one number type."""
+
+    def __init__(self, folder: Path, task: Task, device: torch.device) -> None:
+        kind = getattr(transformers, MODEL_CLASSES[task].__name__)
+        self._full = self._model = kind.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+        self._tokenizer, self.device = BertTokenizer.from_pretrained(folder), device
+        self.dtype = torch.float32
+
+    def use(self, dtype: torch.dtype) -> None:
+        """Compute in this number type."""
+        if dtype != self.dtype:
+            full = dtype == torch.float32
+            self._model, self.dtype = (self._full if full else copy.deepcopy(self._full).to(dtype)), dtype
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The words of tokens."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def prepare(self, workload: Workload, images: Images) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels and token ids of every (image, text) pair, as the model takes them."""
+        processor = BlipImageProcessor()
+        pixels = processor(list(images), do_resize=False, return_tensors="pt").pixel_values.to(self.dtype)
+        if not workload.texts:
+            return pixels, torch.empty(len(pixels), 0, dtype=torch.long)
+        ids = torch.tensor(self._tokenizer.encode_rows(workload.words))
+        return pixels.repeat_interleave(workload.texts, 0), ids.repeat(len(images), 1)
+
+    def run(self, workload: Workload, inputs: tuple[torch.Tensor, torch.Tensor], batch: int) -> list[Any]:
+        """Results batch by batch."""
+        pairs = zip(inputs[0].split(batch), inputs[1].split(batch), strict=True)
+        return [self._batch(workload, pixels.to(self.device), ids.to(self.device)) for pixels, ids in pairs]
 
     @torch.inference_mode()
-    def run(images: Sequence[np.ndarray], options: dict[str, Any]) -> Any:
-        pixels = processor(list(images), do_resize=False, return_tensors="pt").pixel_values.to(device, dtype)
-        texts = ids.expand(len(images), -1)
-        if task == "caption":
-            return model.generate(pixels, **options).cpu()
-        if task == "vqa":
-            return model.generate(texts, pixels, **options).cpu()
-        both = [model(texts, pixels, use_itm_head=head).itm_score.float().cpu() for head in (True, False)]
-        return both[0].softmax(-1)[:, 1], both[1].diag()
+    def _batch(self, workload: Workload, pixels: torch.Tensor, ids: torch.Tensor) -> Any:
+        model, options = self._model, dict(workload.options)
+        if options.get("do_sample"):
+            options["top_k"] = 0
+        if workload.task == "caption":
+            return model.generate(pixels, **options).cpu()[:, 1:]
+        mask = torch.ones_like(ids)
+        if workload.task == "vqa":
+            return model.generate(ids, pixels, attention_mask=mask, **options).cpu()[:, 1:]
+        if not workload.embeds:
+            return model(ids, pixels, attention_mask=mask).itm_score.float().softmax(-1)[:, 1].cpu()
+        pictures = model.vision_proj(model.vision_model(pixels).last_hidden_state[:, 0])
+        words = model.text_proj(model.text_encoder(ids, mask).last_hidden_state[:, 0])
+        return F.normalize(pictures.float(), dim=-1).cpu(), F.normalize(words.float(), dim=-1).cpu()
 
-    return run
 
-
-def rate(run: Callable[[], Any], images: int) -> float:
-    """Images per second of one run."""
+def seconds(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """How long it took, and what came out."""
     started = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return images / (time.perf_counter() - started)
+    found = run()
+    common.synchronise(device)
+    return time.perf_counter() - started, found
 
 
-def compare(name: str, images: list[np.ndarray], given: argparse.Namespace) -> dict[str, Any]:
-    """Medians of both sides and of their ratio for one workload."""
-    task, options = WORKLOADS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = random_checkpoint(Path(folder), task)
-        engine = Engine.load({task: str(checkpoint)}, given.device, given.dtype)
-        theirs = peer(checkpoint, task, DTYPES[given.dtype], engine.device)
-    asked = {"caption": engine.caption, "vqa": engine.answer, "itm": engine.match}[task]
-    texts = [""] * len(images) if task == "caption" else [QUESTION] * len(images)
+def find_best(theirs: Theirs, workload: Workload, images: Images, given: argparse.Namespace) -> tuple[str, int]:
+    """transformers' fastest number type (at the smallest batch), then its fastest batch size, in rows."""
+    device = theirs.device
+    times: dict[tuple[str, int], float] = {}
 
-    def ours() -> Any:
-        return asked(images, texts, **options)
+    def measure(dtype: str, batch: int) -> None:
+        theirs.use(DTYPES[dtype])
+        rows = images[: -(-batch // max(1, workload.texts))]
+        inputs = theirs.prepare(workload, rows)
+        inputs = inputs[0][:batch], inputs[1][:batch]
+        try:
+            theirs.run(workload, inputs, batch)  # the first one is slower
+            took = min(seconds(lambda: theirs.run(workload, inputs, batch), device)[0] for _ in range(2))
+        except torch.OutOfMemoryError:  # not a setting for this device
+            torch.cuda.empty_cache()
+            return
+        times[dtype, batch] = took / len(inputs[1])
 
-    def peer_in(batch: int) -> Callable[[], Any]:
-        return lambda: [theirs(images[i : i + batch], options) for i in range(0, len(images), batch)]
+    sizes = [size for size in given.batch_sizes if size <= len(images) * max(1, workload.texts)] or [len(images)]
+    for dtype in given.peer_precisions:
+        measure(dtype, sizes[0])
+    best = min(times, key=lambda setting: times[setting])[0]
+    for size in sizes[1:]:
+        measure(best, size)
+    return min((setting for setting in times if setting[0] == best), key=lambda setting: times[setting])
 
-    ours()
-    best = max(given.peer_batches, key=lambda batch: rate(peer_in(batch), len(images)))
-    pairs = [(rate(ours, len(images)), rate(peer_in(best), len(images))) for _ in range(given.repeats)]
-    engine.close()
-    ratios = sorted(a / b for a, b in pairs)
-    return {
-        "workload": name,
-        "ours": statistics.median(a for a, _ in pairs),
-        "transformers": statistics.median(b for _, b in pairs),
-        "transformers_batch": best,
+
+def interleave(
+    sides: Sequence[Callable[[], Any]], repeats: int, device: torch.device
+) -> tuple[list[list[float]], list[Any]]:
+    """Seconds of every repeat of both sides, and what each gave last. They take turns in who goes first."""
+    times: list[list[float]] = []
+    outputs: list[Any] = [None, None]
+    for repeat in range(repeats):
+        pair = [0.0, 0.0]
+        for side in (0, 1) if repeat % 2 == 0 else (1, 0):
+            pair[side], outputs[side] = seconds(sides[side], device)
+        times.append(pair)
+    return times, outputs
+
+
+def compare(ours: Ours, theirs: Theirs | None, workload: Workload, given: argparse.Namespace) -> dict[str, Any]:
+    """Medians of both sides, and of the pairs' ratio, for one workload."""
+    images = common.random_images(given.images, common.config_of(given.model).vision_config.image_size)
+    items, device = len(images) * max(1, workload.texts), ours.engine.device
+    row = {"workload": workload.name, "unit": workload.unit, "images": len(images), "precision": given.precision}
+    ours.run(workload, images)  # kernels are chosen and compiled at the first run
+    if theirs is None:
+        rates = [items / seconds(lambda: ours.run(workload, images), device)[0] for _ in range(given.repeats)]
+        return row | {"ours": statistics.median(rates), "all": rates, "note": "transformers cannot run it"}
+    dtype, batch = find_best(theirs, workload, images, given)
+    theirs.use(DTYPES[dtype])
+    inputs = theirs.prepare(workload, images)
+    sides = [lambda: ours.run(workload, images), lambda: theirs.run(workload, inputs, batch)]
+    times, outputs = interleave(sides, given.repeats, device)
+    ratios = sorted(other / mine for mine, other in times)
+    return row | {
+        "ours": statistics.median(items / mine for mine, _ in times),
+        "transformers": statistics.median(items / other for _, other in times),
+        "transformers_setting": {"precision": dtype, "batch": batch},
         "ratio": statistics.median(ratios),
         "ratio_spread": [ratios[0], ratios[-1]],
+        "seconds": times,
+        "same": None if workload.options.get("do_sample") else agreement(workload, theirs, *outputs),
     }
 
 
-def main() -> None:
-    """Run the workloads, print a table, and a JSON document if a file is named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--peer-batches", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--only", help="workloads whose names contain this")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    generator = np.random.default_rng(0)
-    images = [generator.integers(0, 256, (384, 384, 3), dtype=np.uint8) for _ in range(given.images)]
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, {given.dtype}")
-    print(f"{'images/s':24}{'ours':>8}{'transformers':>14}{'batch':>7}{'ratio':>8}   spread")
+def agreement(workload: Workload, peer: Theirs, ours: Any, theirs: Any) -> float:
+    """Share of rows with the same tokens (answers: words); for scores and vectors the greatest difference."""
+    if workload.embeds:
+        other = [torch.cat([part[which] for part in theirs]) for which in (0, 1)]
+        return max(
+            float((torch.from_numpy(mine) - vector).abs().max()) for mine, vector in zip(ours, other, strict=True)
+        )
+    if workload.task == "itm":
+        return float((torch.tensor([match.itm for match in ours]) - torch.cat(theirs)).abs().max())
+    rows = [row for part in theirs for row in part.tolist()]
+    if workload.task == "vqa":
+        return statistics.mean(mine.text == peer.decode(row) for mine, row in zip(ours, rows, strict=True))
+    return statistics.mean(mine.token_ids == tuple(row) for mine, row in zip(ours, rows, strict=True))
+
+
+def run_task(task: Task, names: Sequence[str], given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The workloads of one task, on one checkpoint."""
+    device = common.settle_process(given)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = common.random_checkpoint(Path(folder), task, given.model)
+        ours = Ours(checkpoint, task, given)
+        # transformers forces the image's width on the answering decoder, which reads the question's.
+        theirs = None if (task, given.model) == ("vqa", "large") else Theirs(checkpoint, task, device)
     rows = []
-    for name in WORKLOADS:
-        if given.only is None or given.only in name:
-            row = compare(name, images, given)
-            rows.append(row)
-            low, high = row["ratio_spread"]
-            print(
-                f"{name:24}{row['ours']:8.2f}{row['transformers']:14.2f}{row['transformers_batch']:7}"
-                f"{row['ratio']:8.2f}   {low:.2f}-{high:.2f}",
-                flush=True,
-            )
-    if given.json:
-        given.json.write_text(json.dumps({"argv": sys.argv[1:], "where": where, "rows": rows}, indent=2) + "\n")
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        rows.append(compare(ours, theirs, WORKLOADS[name], given))
+    ours.engine.close()
+    return rows
+
+
+def parse(arguments_given: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, with what `--quick` and the device decide filled in."""
+    parser = common.arguments(__doc__)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME",
+                        help=f"some of: {', '.join(WORKLOADS)}")  # fmt: skip
+    parser.add_argument("--images", type=int, help="images in one timed run (default: 16; on a GPU 512)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="ROWS", help="that transformers may choose from")
+    parser.add_argument("--peer-precisions", nargs="+", choices=DTYPES, help="that transformers may choose from "
+                        "(default: the engine's; on a CPU fp32 too, on a GPU bf16 and fp16)")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="2 repeats of few images: whether it runs, not how fast")
+    given = parser.parse_args(arguments_given)
+    device = choose_device(given.device)
+    gpu, own = device.type == "cuda", common.dtype_name(given.precision, device)
+    if given.quick:
+        given.repeats, given.images = 2, given.images or 4
+        given.batch_sizes, given.peer_precisions = given.batch_sizes or [4], given.peer_precisions or [own]
+    given.images = given.images or (512 if gpu else 16)
+    given.batch_sizes = sorted(given.batch_sizes or ([32, 64, 128, 256, 512] if gpu else [4, 8, 16]))
+    given.peer_precisions = given.peer_precisions or list(
+        dict.fromkeys([own, *(["bf16", "fp16"] if gpu else ["fp32"])])
+    )
+    return given
+
+
+def main(arguments_given: Sequence[str] | None = None) -> None:
+    """Run the workloads, print a table, and write a JSON document if a file is named."""
+    given = parse(arguments_given)
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    facts = common.machine(common.settle_process(given)) | {
+        "transformers": transformers.__version__,
+        "model": given.model,
+    }
+    common.print_machine(facts)
+    rows = []
+    for task in TASKS:
+        names = [name for name in given.workloads if WORKLOADS[name].task == task]
+        rows += run_task(task, names, given) if names else []
+    common.print_table(
+        ("workload", "unit", "ours", "transformers", "its setting", "ratio", "spread", "same"),
+        [table_row(row) for row in rows],
+    )
+    common.write_json(given.json, facts, rows=rows)
+
+
+def table_row(row: dict[str, Any]) -> list[object]:
+    """A result as a row of the table."""
+    if "ratio" not in row:
+        return [row["workload"], row["unit"], row["ours"], row["note"], None, None, None, None]
+    setting, spread = row["transformers_setting"], row["ratio_spread"]
+    return [
+        row["workload"], row["unit"], row["ours"], row["transformers"],
+        f"{setting['precision']}, {setting['batch']} rows", row["ratio"], f"{spread[0]:.2f}-{spread[1]:.2f}",
+        row["same"],
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

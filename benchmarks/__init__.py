@@ -1,0 +1,1 @@
+"""Measurements: one command each, JSON and a table out. Nothing here runs as a timed test."""

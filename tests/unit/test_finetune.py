@@ -9,9 +9,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from blip_engine import Engine
+from blip_engine import BlipConfig, BlipForImageTextRetrieval, Engine
+from blip_engine.requests import Task
 from blip_engine.shapes import demo_checkpoint
 from blip_engine.shapes.scenes import held_out_drawings
+from blip_engine.training import ImageTextObjective
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -63,16 +65,44 @@ def test_the_wording_is_in_the_vocabulary(example: ModuleType) -> None:
     assert not any("background" in text for text in texts)
 
 
+def test_the_matcher_learns_the_new_wording(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example.main([str(tmp_path), "--task", "itm", "--steps", "12"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed[:3]] == ["1", "10", "12"]
+    assert all(0 <= float(line.split()[0]) <= 1 for line in printed[3:])
+    assert len(printed) == 7
+    unseen = list(held_out_drawings(16, seed=5))
+    images, texts = [each.image() for each in unseen], [example.wording(each.scene) for each in unseen]
+
+    def loss(checkpoint: Path) -> float:
+        objective = ImageTextObjective(BlipForImageTextRetrieval.from_pretrained(checkpoint))
+        inputs = example.BlipProcessor.from_pretrained(checkpoint)(images, texts, padding=True, return_tensors="pt")
+        return float(objective(**inputs, generator=torch.Generator().manual_seed(0)).loss.detach())
+
+    assert loss(tmp_path) < loss(demo_checkpoint("itm")) / 2
+
+
 def test_the_lines_for_own_pictures_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.findall(r"```python\n(.+?)```", (DOCS / "finetune.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(code) == 1
+    assert len(code) == 2
     monkeypatch.chdir(tmp_path)
     for name, each in zip(("cat.jpg", "dog.jpg"), held_out_drawings(2, seed=0), strict=True):
         each.image().save(name)
     names: dict[str, object] = {}
-    exec(code[0].replace("Salesforce/blip-image-captioning-base", str(demo_checkpoint("caption"))), names)
-    loss, model = names["loss"], names["model"]
-    assert isinstance(loss, torch.Tensor)
-    assert loss.isfinite()
-    assert isinstance(model, torch.nn.Module)
-    assert all(weight.grad is not None for weight in model.parameters())
+    for block, model, task in zip(code, ("image-captioning", "itm"), ("caption", "itm"), strict=True):
+        words = example_words(task)
+        own = re.sub(rf"Salesforce/blip-{model}-base[a-z-]*", str(demo_checkpoint(task)), block)
+        exec(own.replace("30523", str(words)), names)
+        trained = names["model"]
+        assert isinstance(trained, torch.nn.Module)
+        assert all(weight.grad is not None for weight in trained.parameters())
+    assert isinstance(names["loss"], torch.Tensor)
+    assert names["loss"].isfinite()
+    assert (tmp_path / "OUT" / "model.safetensors").is_file()
+
+
+def example_words(task: Task) -> int:
+    """The number of [ENC], the last word of the bundled model."""
+    return int(BlipConfig.from_json_file(demo_checkpoint(task) / "config.json").text_config.vocab_size) - 1

@@ -17,7 +17,7 @@ CONFIG_FILE = "config.json"
 
 
 @dataclass(kw_only=True)
-class _Config:
+class PreTrainedConfig:
     """What the three configurations share: what calls return unless they say it, dictionaries and files."""
 
     model_type: ClassVar[str]
@@ -61,7 +61,7 @@ class _Config:
 
 
 @dataclass
-class BlipTextConfig(_Config):
+class BlipTextConfig(PreTrainedConfig):
     """The BERT of the text encoder and decoder. Real checkpoints say 12 heads; the default of 8 is transformers'."""
 
     model_type: ClassVar[str] = "blip_text_model"
@@ -93,7 +93,7 @@ class BlipTextConfig(_Config):
 
 
 @dataclass
-class BlipVisionConfig(_Config):
+class BlipVisionConfig(PreTrainedConfig):
     """The vision transformer."""
 
     model_type: ClassVar[str] = "blip_vision_model"
@@ -119,7 +119,7 @@ class BlipVisionConfig(_Config):
 
 
 @dataclass
-class BlipConfig(_Config):
+class BlipConfig(PreTrainedConfig):
     """A whole model: both towers and the projections. The towers may be given as objects or as dictionaries."""
 
     model_type: ClassVar[str] = "blip"
@@ -155,7 +155,7 @@ class BlipConfig(_Config):
         return replace(self.text_config, encoder_hidden_size=self.text_config.hidden_size)
 
 
-C = TypeVar("C", bound=_Config)
+C = TypeVar("C", bound=PreTrainedConfig)
 
 
 def _as_config(kind: type[C], value: Any) -> C:

@@ -27,11 +27,12 @@ ORDER = ("engine", "requests", "pipelines", "models", "contrastive", "text", "vi
 WHOLE = ("requests", "outputs", "errors")
 BESIDES = {
     "cache": ("DecoderCache",),
-    "config": ("_Config",),
+    "config": ("PreTrainedConfig",),
     "features": ("BatchFeature",),
     "pipelines": ("VisualQuestionAnsweringPipeline", "ImageToTextPipeline", "ImageTextMatchingPipeline"),
     "pretrained": ("PreTrainedModel",),
     "ranking": ("Ranking", "rank"),
+    "training": ("ImageTextObjective", "ImageTextLosses"),
 }
 
 

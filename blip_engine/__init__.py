@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .models import BlipForQuestionAnswering as BlipForQuestionAnswering
     from .pipelines import pipeline as pipeline
     from .processor import BlipProcessor as BlipProcessor
+    from .recipes import capfilt as capfilt
+    from .recipes import find_images as find_images
+    from .recipes import find_texts as find_texts
     from .text import BlipTextLMHeadModel as BlipTextLMHeadModel
     from .text import BlipTextModel as BlipTextModel
     from .tokenizer import BertTokenizer as BertTokenizer
@@ -38,6 +41,7 @@ _HOMES = {
     "models": ("BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering"),
     "pipelines": ("pipeline",),
     "processor": ("BlipProcessor",),
+    "recipes": ("capfilt", "find_images", "find_texts"),
     "text": ("BlipTextLMHeadModel", "BlipTextModel"),
     "tokenizer": ("BertTokenizer",),
     "vision": ("BlipVisionModel",),

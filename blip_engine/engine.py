@@ -14,28 +14,35 @@ import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self, TypeAlias, cast
 
 import numpy as np
 import torch
-from PIL import Image
 
 from .batcher import Batcher
 from .checkpoint import find_checkpoint
 from .config import CONFIG_FILE
 from .errors import CheckpointError, EngineClosedError, InputError
-from .images import resized_pixels
-from .pipelines import load_image
+from .inputs import ImageLike, choices_of, listed, pixels_of
 from .precision import choose_device, choose_dtype
-from .requests import DEMO_MODEL, TASKS, Answer, Caption, Match, Request, Result, Task, options_for
-from .resident import MODEL_CLASSES, Pixels, ResidentModel
+from .requests import (
+    DEMO_MODEL,
+    TASKS,
+    Answer,
+    Caption,
+    Match,
+    MatchOptions,
+    Request,
+    Result,
+    Task,
+    options_for,
+)
+from .resident import MODEL_CLASSES, ResidentModel
 from .runner import AnswerRunner, CaptionRunner, MatchRunner, Prepared, runner_for
 
 _log = logging.getLogger(__name__)
 
-#: A Pillow image, a file, a URL, an image's bytes, or uint8 pixels (H, W, 3).
-ImageLike: TypeAlias = "Image.Image | str | Path | bytes | np.ndarray[Any, Any]"
+Vectors: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class _Entry:
     @property
     def group(self) -> Hashable:
         request = self.prepared.request
-        return request.model, request.task, request.options
+        return request.model, request.task, request.options, bool(request.candidates)
 
     @property
     def weight(self) -> int:
@@ -102,23 +109,29 @@ class Engine:
             engine.load_model(name, model, name if name in TASKS else _task_of(model))
         return engine
 
-    def load_model(self, name: str, model: str, task: Task) -> ModelInfo:
+    def load_model(self, name: str, model: str, task: Task, image_size: int | None = None) -> ModelInfo:
         """Make a checkpoint resident under `name`; a second call for the same one returns at once.
 
-        `model` is a hub id (`@revision` pins it), a local directory, or `demo`. Raises CheckpointError.
+        `model` is a hub id (`@revision` pins it), a local directory, or `demo`. `image_size`, pixels a side, if it is
+        not to be the checkpoint's: positions are interpolated (Salesforce answered questions at 480). Raises
+        CheckpointError, InputError for a size that is no multiple of the patches'.
         """
         held = self._infos.get(name)
         if held is not None:
-            if (held.source, held.task) != (model, task):
+            if (held.source, held.task) != (model, task) or image_size not in (None, held.image_size[0]):
                 raise CheckpointError(f"the name {name!r} is taken by {held.source} ({held.task}); choose another")
             return held
         checkpoint = find_checkpoint(model, task=task)
-        resident: ResidentModel[Any] = ResidentModel(checkpoint, task, self.device, self.dtype)
+        resident: ResidentModel[Any] = ResidentModel(checkpoint, task, self.device, self.dtype, image_size)
         info = ModelInfo(name, task, model, checkpoint.revision, checkpoint.weights_sha256(), resident.image_size)
         self._runners[name] = runner_for(task, resident)
         self._infos[name] = info
         _log.info("%s (%s) is resident on %s in %s", model, task, self.device, self.dtype)
         return info
+
+    def image_size(self, model: str) -> tuple[int, int]:
+        """Height and width in pixels that a model takes. Raises InputError for a name that is not loaded."""
+        return self._info(model).image_size
 
     def submit(self, request: Request) -> "Future[list[Result]]":
         """Queue a request; the future gives one result per text, or an InputError, or EngineClosedError."""
@@ -159,20 +172,30 @@ class Engine:
         return cast(list[Caption], self._ask(model, "caption", images, prompts, options))
 
     def answer(
-        self, images: Sequence[ImageLike], questions: Sequence[str], *, model: str = "vqa", **options: Any
+        self,
+        images: Sequence[ImageLike],
+        questions: Sequence[str],
+        answers: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        *,
+        model: str = "vqa",
+        **options: Any,
     ) -> list[Answer]:
         """The answer to every question about the image at its place; an image given twice is encoded once.
 
-        Options and errors are as of `caption`.
+        With `answers`, one list for all questions or one for each, the answer is chosen from them and `ranking` holds
+        those that were read, best first, with the scores of `ranking.Ranking`. Options: `requests.AnswerOptions`.
+        Errors are as of `caption`.
         """
-        return cast(list[Answer], self._ask(model, "vqa", images, questions, options))
+        return cast(list[Answer], self._ask(model, "vqa", images, questions, options, answers))
 
-    def match(self, images: Sequence[ImageLike], texts: Sequence[str], *, model: str = "itm") -> list[Match]:
+    def match(
+        self, images: Sequence[ImageLike], texts: Sequence[str], *, model: str = "itm", **options: Any
+    ) -> list[Match]:
         """How well every text fits the image at its place; an image given twice is encoded once.
 
-        Raises InputError, ImageError, EngineClosedError.
+        Options: `requests.MatchOptions`. Errors are as of `caption`.
         """
-        return cast(list[Match], self._ask(model, "itm", images, texts, {}))
+        return cast(list[Match], self._ask(model, "itm", images, texts, options))
 
     def embed(
         self,
@@ -180,20 +203,22 @@ class Engine:
         texts: Sequence[str] | None = None,
         *,
         model: str = "itm",
-    ) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        **options: Any,
+    ) -> Vectors:
         """Unit vectors (N, projection) of images or of texts; their products are `Match.itc`.
 
-        Raises InputError, ImageError, EngineClosedError.
+        Options: `requests.MatchOptions`. Raises OptionError, InputError, ImageError, EngineClosedError.
         """
         runner = self._runner(model, "itm")
         if not isinstance(runner, MatchRunner) or (images is None) == (texts is None):
             raise InputError("embed takes either images or texts, and a retrieval model")
+        chosen = cast(MatchOptions, options_for("itm", options))
         if not self._end.alive:
             raise EngineClosedError("the engine is closed")
-        words = _listed("texts", texts or ())
-        pixels = [_pixels(image, runner.resident.image_size) for image in _listed("images", images or ())]
+        words = listed("texts", texts or ())
+        pixels = [pixels_of(image, runner.resident.image_size) for image in listed("images", images or ())]
         with self._device_lock:
-            return (runner.embed_images(pixels) if texts is None else runner.embed_texts(words)).numpy()
+            return (runner.embed_images(pixels) if texts is None else runner.embed_texts(words, chosen)).numpy()
 
     def _ask(
         self,
@@ -202,28 +227,36 @@ class Engine:
         images: Sequence[ImageLike],
         texts: Sequence[str] | None,
         options: Mapping[str, Any],
+        answers: Sequence[str] | Sequence[Sequence[str]] | None = None,
     ) -> list[Result]:
-        images = _listed("images", images)
-        texts = [""] * len(images) if texts is None else _listed("texts", texts)
+        images = listed("images", images)
+        texts = [""] * len(images) if texts is None else listed("texts", texts)
         if len(images) != len(texts):
             raise InputError(f"{len(images)} images and {len(texts)} texts: there must be one text for each image")
-        chosen, size = options_for(task, options), self._runner(model, task).resident.image_size
-        places: dict[int, list[int]] = {}  # by the identity of the image, which `images` keeps alive
+        chosen, size = options_for(task, options), self.image_size(model)
+        choices = choices_of(answers, len(images))
+        # By the identity of the image, which `images` keeps alive, and the answers to choose from.
+        places: dict[Hashable, list[int]] = {}
         for place, image in enumerate(images):
-            places.setdefault(id(image), []).append(place)
+            places.setdefault((id(image), choices[place]), []).append(place)
         futures = [
-            self.submit(Request(model, task, _pixels(images[group[0]], size), tuple(texts[p] for p in group), chosen))
-            for group in places.values()
+            self.submit(
+                Request(model, task, pixels_of(images[p[0]], size), tuple(texts[n] for n in p), chosen, choices[p[0]])
+            )
+            for p in places.values()
         ]
         results: dict[int, Result] = {}
         for group, future in zip(places.values(), futures, strict=True):
             results.update(zip(group, future.result(), strict=True))
         return [results[place] for place in range(len(images))]
 
-    def _runner(self, model: str, task: Task) -> "CaptionRunner | AnswerRunner | MatchRunner":
-        info = self._infos.get(model)
-        if info is None:
+    def _info(self, model: str) -> ModelInfo:
+        if model not in self._infos:
             raise InputError(f"no model {model!r} is loaded; there is: {', '.join(self._infos) or 'none'}")
+        return self._infos[model]
+
+    def _runner(self, model: str, task: Task) -> "CaptionRunner | AnswerRunner | MatchRunner":
+        info = self._info(model)
         if info.task != task:
             raise InputError(f"model {model!r} serves {info.task}, not {task}")
         return self._runners[model]
@@ -269,21 +302,6 @@ class Engine:
 def _stop(batcher: Batcher[_Entry], thread: threading.Thread) -> None:
     batcher.close()
     thread.join()
-
-
-def _listed(name: str, values: Sequence[Any]) -> list[Any]:
-    """The values, kept alive one by one: slices of an array would give way to each other's identity."""
-    if isinstance(values, str | bytes | Path | Image.Image):
-        raise InputError(f"{name} must be a list, not one {type(values).__name__}")
-    return list(values)
-
-
-def _pixels(image: ImageLike, size: tuple[int, int]) -> Pixels:
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise InputError(f"an array must be uint8 (height, width, 3), not {image.dtype} {image.shape}")
-        image = Image.fromarray(image)
-    return resized_pixels(load_image(image).convert("RGB"), size)
 
 
 def _task_of(model: str) -> Task:

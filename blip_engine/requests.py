@@ -74,8 +74,24 @@ class GenerationOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerOptions(GenerationOptions):
+    """How a question is read and answered; `rank_candidates` counts only where answers to choose from are given."""
+
+    rank_candidates: int = 128  # answers, those with the likeliest first wordpieces, that are read to the end
+    enc_token: bool = False  # the question starts with [ENC] as in Salesforce's code, not with [CLS] as on the hub
+    clean_text: bool = False  # the question in lower case without .!"()*#:;~ and cut at 50 words, as Salesforce has it
+
+    def __post_init__(self) -> None:
+        GenerationOptions.__post_init__(self)  # super() does not know the class that `slots` made anew
+        _require("rank_candidates", self.rank_candidates >= 1, "1 or more", self.rank_candidates)
+
+
+@dataclass(frozen=True, slots=True)
 class MatchOptions:
-    """Image-text matching has nothing to choose yet."""
+    """How a text is read that is matched with an image."""
+
+    enc_token: bool = False  # matching starts with [ENC] as in Salesforce's evaluation of retrieval; similarity never
+    clean_text: bool = False  # as AnswerOptions.clean_text, with a space for each of the characters
 
 
 Options: TypeAlias = GenerationOptions | MatchOptions
@@ -83,7 +99,7 @@ Options: TypeAlias = GenerationOptions | MatchOptions
 #: BLIP's own settings: captions with 3 beams and 20 tokens, answers with 3 beams and 10 tokens with [BOS] counted.
 _TASK_DEFAULTS: Final[Mapping[Task, Options]] = {
     "caption": GenerationOptions(),
-    "vqa": GenerationOptions(max_new_tokens=9),
+    "vqa": AnswerOptions(max_new_tokens=9),
     "itm": MatchOptions(),
 }
 
@@ -141,7 +157,7 @@ class Answer:
     """The answer to one question about one image."""
 
     text: str
-    score: float  # as Caption.score
+    score: float  # as Caption.score; of an answer that was chosen, as `ranking.Ranking.scores`
     ranking: tuple[tuple[str, float], ...] = ()  # several answers with scores, best first, where they were asked for
 
     def as_record(self) -> dict[str, Any]:
@@ -158,10 +174,37 @@ class Match:
 
     itm: float  # probability that they match, from the image-text matching head
     itc: float  # cosine of their projections, from the contrastive heads
+    itm_logit: float  # the matching head's logit for "they match"; with `itc` added it ranks (see Engine.find_images)
 
     def as_record(self) -> dict[str, Any]:
         """The `result` of a record (`match, similarity`)."""
         return {"match": self.itm, "similarity": self.itc}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One image of a text's ranking, or one text of an image's."""
+
+    index: int  # its place among the images or texts that were searched
+    score: float  # match.itm_logit + match.itc
+    match: Match
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """A caption made for an image and, where there was one, the text it came with, both judged (CapFilt)."""
+
+    caption: Caption
+    caption_match: float  # probability that the caption fits
+    text_match: float | None  # the same of the text it came with
+    kept: tuple[str, ...]  # the texts that fit: the given one, then the caption
+
+    def as_record(self) -> dict[str, Any]:
+        """The `result` of a record (`caption, caption_match, text_match, kept`)."""
+        return {
+            "caption": self.caption.text, "caption_match": self.caption_match,
+            "text_match": self.text_match, "kept": list(self.kept),
+        }  # fmt: skip
 
 
 Result: TypeAlias = Caption | Answer | Match
@@ -176,6 +219,7 @@ class Request:
     pixels: "np.ndarray[Any, Any]"  # uint8 (height, width, 3), already at the model's image size
     texts: tuple[str, ...]  # prompts ("" for none), questions, or texts to match; one result each, in order
     options: Options
+    candidates: tuple[str, ...] = ()  # vqa: the answers to choose from; none: the answer is generated
 
 
 def result_record(task: Task, results: Sequence[Result], several: bool) -> dict[str, Any]:

@@ -78,8 +78,17 @@ class TextBatch:
 class ResidentModel(Generic[ModelT]):
     """Weights, processor and fixed-shape stages of one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, task: Task, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        task: Task,
+        device: torch.device,
+        dtype: torch.dtype,
+        image_size: int | None = None,
+    ) -> None:
         self.model: ModelT = MODEL_CLASSES[task].from_checkpoint(checkpoint, dtype, device)  # type: ignore[assignment]
+        if image_size is not None:
+            self.model.vision_model.resize_images(image_size)
         self.processor = BlipProcessor.from_directory(checkpoint.directory)
         self.device, self.dtype = device, dtype
         vision = self.model.config.vision_config

@@ -2,19 +2,33 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .cache import CrossKeys
+from .cleaning import clean_caption, clean_question
 from .errors import InputError
 from .generation import Generated, Memory, Prompt, generate
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
-from .requests import Answer, Caption, GenerationOptions, Match, Options, Request, Result, Task
+from .ranking import LABEL_SMOOTHING, answer_scores, first_token_chances, with_keys
+from .requests import (
+    Answer,
+    AnswerOptions,
+    Caption,
+    GenerationOptions,
+    Match,
+    MatchOptions,
+    Options,
+    Request,
+    Result,
+    Task,
+)
 from .resident import ImageStates, ModelT, Pixels, ResidentModel, TextBatch
 
 
@@ -24,6 +38,7 @@ class Prepared:
 
     request: Request
     tokens: list[list[int]]
+    candidates: list[list[int]]  # [BOS] words [SEP] of the answers to choose from
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,10 @@ class _Stage:
     texts: TextBatch
     cross: CrossKeys  # of the image of every text
 
+    @property
+    def options(self) -> Options:
+        return self.batch[0].request.options  # the same for all
+
 
 class Runner(ABC, Generic[ModelT]):
     """Runs requests of one model, task and options together."""
@@ -42,6 +61,9 @@ class Runner(ABC, Generic[ModelT]):
     def __init__(self, resident: ResidentModel[ModelT]) -> None:
         self.resident: ResidentModel[ModelT] = resident
         self._text_config = resident.model.config.text_config
+        self._enc_token_id = (
+            self._text_config.bos_token_id + 1
+        )  # Salesforce adds [DEC], which is [BOS] here, then [ENC]
 
     def prepare(self, request: Request) -> Prepared:
         """Check a request and tokenise its texts. Raises InputError; cheap enough for the caller's thread."""
@@ -53,11 +75,30 @@ class Runner(ABC, Generic[ModelT]):
             )
         if not request.texts:
             raise InputError("a request needs at least one text; a caption's may be empty")
-        return Prepared(request, self._tokenise(request.texts, request.options))
+        if getattr(request.options, "enc_token", False) and self._enc_token_id >= self._text_config.vocab_size:
+            raise InputError(f"model {request.model!r} has no [ENC] token; leave option 'enc_token' off")
+        tokens = self._tokenise(request.texts, request.options)
+        return Prepared(request, tokens, self._tokenise_candidates(request.candidates))
 
     def _tokenise(self, texts: Sequence[str], options: Options) -> list[list[int]]:
-        del options  # of no matter to texts that are only read
+        if isinstance(options, AnswerOptions | MatchOptions) and options.clean_text:
+            texts = [self._clean(text) for text in texts]
         return self._encode(texts, self._text_config.max_position_embeddings)
+
+    def _tokenise_candidates(self, candidates: Sequence[str]) -> list[list[int]]:
+        if candidates:
+            raise InputError("answers to choose from go with questions only")
+        return []
+
+    _clean = staticmethod(clean_question)
+
+    def _opened(self, texts: TextBatch, options: Options) -> Tensor:
+        """The ids of the texts, starting with [ENC] where the options ask for it."""
+        if not (isinstance(options, AnswerOptions | MatchOptions) and options.enc_token):
+            return texts.ids
+        ids = texts.ids.clone()
+        ids[:, 0] = self._enc_token_id
+        return ids
 
     def _encode(self, texts: Sequence[str], limit: int) -> list[list[int]]:
         return self.resident.processor.tokenizer.encode_rows(texts, limit)
@@ -89,7 +130,7 @@ class _Generating(Runner[GeneratingT]):
     """What captions and answers share."""
 
     def _generate(self, prompt: Prompt, memory: Memory, stage: _Stage) -> Generated:
-        options = stage.batch[0].request.options
+        options = stage.options
         if not isinstance(options, GenerationOptions):
             raise InputError(f"generation takes GenerationOptions, not {type(options).__name__}")
         uniforms = _uniforms(options, stage).to(self.resident.device) if options.do_sample else None
@@ -125,32 +166,89 @@ class CaptionRunner(_Generating[BlipForConditionalGeneration]):
 
 
 class AnswerRunner(_Generating[BlipForQuestionAnswering]):
-    """Answers to questions."""
+    """Answers to questions: generated, or chosen from a request's candidates."""
+
+    def __init__(self, resident: ResidentModel[BlipForQuestionAnswering]) -> None:
+        super().__init__(resident)
+        self._candidate_rows = lru_cache(maxsize=16)(self._encode_candidates)  # often one list for a whole job
+
+    def _tokenise_candidates(self, candidates: Sequence[str]) -> list[list[int]]:
+        return self._candidate_rows(tuple(candidates))
+
+    def _encode_candidates(self, candidates: tuple[str, ...]) -> list[list[int]]:
+        rows = self._encode(candidates, self._text_config.max_position_embeddings)
+        return [[self._text_config.bos_token_id, *row[1:]] for row in rows]
 
     def _run_texts(self, stage: _Stage) -> Sequence[Result]:
-        encoder, texts = self.resident.model.text_encoder, stage.texts
-        question = encoder(texts.ids, texts.mask, past_key_values=encoder.new_cache(0, stage.cross)).last_hidden_state
+        encoder, texts, options = self.resident.model.text_encoder, stage.texts, stage.options
+        ids, cache = self._opened(texts, options), encoder.new_cache(0, stage.cross)
+        memory = Memory(encoder(ids, texts.mask, past_key_values=cache).last_hidden_state, texts.mask)
+        if stage.batch[0].candidates:
+            return self._choose(memory, stage)
         bos = torch.full((len(texts.ids), 1), self._text_config.bos_token_id, device=self.resident.device)
-        generated = self._generate(Prompt(bos, None), Memory(question, texts.mask), stage)
+        generated = self._generate(Prompt(bos, None), memory, stage)
         return [self._answer(hypotheses) for hypotheses in _hypotheses(generated, len(texts.rows))]
 
     def _answer(self, hypotheses: list[tuple[tuple[int, ...], float]]) -> Answer:
         ranking = tuple((self._decode(ids), score) for ids, score in hypotheses)
         return Answer(*ranking[0], ranking if len(ranking) > 1 else ())
 
+    def _choose(self, memory: Memory, stage: _Stage) -> list[Result]:
+        """Rank every question's candidates as `ranking.rank` does, but in batches of the fixed shapes."""
+        owners = [entry for entry in stage.batch for _ in entry.tokens]
+        asked = [owners[index] for index in stage.texts.rows]
+        memory = with_keys(self.resident.model.text_decoder, memory)
+        likely = self._likely(memory, asked, stage.options)
+        scores = self._scores(
+            memory, [(row, asked[row].candidates[n]) for row, chosen in enumerate(likely) for n in chosen]
+        )
+        results: list[Result] = []
+        for entry, chosen in zip(asked, likely, strict=True):
+            found = ((entry.request.candidates[n], next(scores)) for n in chosen)
+            ranking = tuple(sorted(found, key=lambda pair: -pair[1]))
+            results.append(Answer(*ranking[0], ranking))
+        return results
+
+    def _likely(self, memory: Memory, asked: Sequence[Prepared], options: Options) -> list[list[int]]:
+        """Of every question the candidates worth reading: those whose first wordpieces are the likeliest."""
+        most = options.rank_candidates if isinstance(options, AnswerOptions) else 1
+        chances = first_token_chances(self.resident.model.text_decoder, memory, self._text_config.bos_token_id)
+        found = []
+        for row, entry in enumerate(asked):
+            first = torch.tensor([ids[1] for ids in entry.candidates], device=chances.device)
+            found.append(chances[row, first].argsort(descending=True, stable=True)[:most].tolist())
+        return found
+
+    def _scores(self, memory: Memory, pairs: Sequence[tuple[int, list[int]]]) -> Iterator[float]:
+        """Of every (question, answer), in order."""
+        scores = [0.0] * len(pairs)
+        rows, questions = [ids for _, ids in pairs], [question for question, _ in pairs]
+        for batch in self.resident.text_batches(rows, questions, left=False):
+            mask = None if memory.mask is None else memory.mask.index_select(0, batch.images)
+            keys = [tuple(part.index_select(0, batch.images) for part in pair) for pair in memory.keys or []]
+            chosen = Memory(None, mask, cast(CrossKeys, keys))
+            found = answer_scores(self.resident.model.text_decoder, chosen, batch.ids, LABEL_SMOOTHING)
+            for index, score in zip(batch.rows, found.tolist(), strict=False):  # the blank ones' are dropped
+                scores[index] = score
+        return iter(scores)
+
 
 class MatchRunner(Runner[BlipForImageTextRetrieval]):
     """Matching probability and contrastive similarity."""
 
+    _clean = staticmethod(clean_caption)
+
     def _run_texts(self, stage: _Stage) -> Sequence[Result]:
         model, texts = self.resident.model, stage.texts
         cache = model.text_encoder.new_cache(0, stage.cross)
-        fused = model.text_encoder(texts.ids, texts.mask, past_key_values=cache).last_hidden_state
-        matches = model.itm_head(fused[:, 0]).float().softmax(-1)[:, 1]
+        ids = self._opened(texts, stage.options)
+        fused = model.text_encoder(ids, texts.mask, past_key_values=cache).last_hidden_state
+        logits = model.itm_head(fused[:, 0]).float()
         first = stage.encoded.states[:, :1].index_select(0, texts.images)  # before projecting: a fixed number of rows
         images = model.project_image(first).float()
         similarity = (images * self._project_texts(texts)).sum(-1)
-        return [Match(*pair) for pair in zip(matches.tolist(), similarity.tolist(), strict=True)]
+        columns = logits.softmax(-1)[:, 1], similarity, logits[:, 1]
+        return [Match(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
     def _project_texts(self, texts: TextBatch) -> Tensor:
         model = self.resident.model
@@ -165,9 +263,9 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
         return torch.cat([self.resident.model.project_image(block) for block in blocks]).float()[: len(pixels)].cpu()
 
     @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+    def embed_texts(self, texts: Sequence[str], options: MatchOptions) -> Tensor:
         """Unit vectors (N, projection) float32. Raises InputError for a text that is too long."""
-        rows = self._encode(texts, self._text_config.max_position_embeddings)
+        rows = self._tokenise(texts, options)
         vectors = torch.empty(len(rows), self.resident.model.config.image_text_hidden_size)
         for batch in self.resident.text_batches(rows, [0] * len(rows), left=False):
             vectors[batch.rows] = self._project_texts(batch)[: len(batch.rows)].cpu()

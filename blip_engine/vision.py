@@ -127,6 +127,18 @@ class BlipVisionModel(PreTrainedModel[BlipVisionConfig]):
         for positions in (self.embeddings.position_embedding, self.embeddings.class_embedding):
             nn.init.trunc_normal_(positions, std=config.initializer_range)
 
+    @torch.no_grad()
+    def resize_images(self, image_size: int) -> None:
+        """Take images of `image_size` pixels a side from now on: the learned positions are interpolated once.
+
+        Raises InputError for what is no multiple of the patch size.
+        """
+        patch, embeddings = self.config.patch_size, self.embeddings
+        if image_size < patch or image_size % patch:
+            raise InputError(f"image size {image_size} is no multiple of the patch size {patch}")
+        embeddings.position_embedding = nn.Parameter(embeddings.interpolated_positions(image_size, image_size))
+        embeddings.image_size = self.config.image_size = image_size
+
     def get_input_embeddings(self) -> nn.Module:
         """The patch embeddings."""
         return self.embeddings

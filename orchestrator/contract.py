@@ -119,6 +119,7 @@ class Row:
     texts: tuple[str, ...]  # caption: (prompt or "",); vqa: the question(s); itm: the text(s)
     several: bool  # a list was given (`questions`, `texts`), so the result is a list too
     passthrough: dict[str, Any]  # every key but image and id, task texts included: the record's `input`
+    candidates: tuple[str, ...] = ()  # vqa: the answers to choose from; none: the answer is generated
 
 
 @dataclass(frozen=True, slots=True)

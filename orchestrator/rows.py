@@ -12,6 +12,7 @@ from .errors import ManifestError
 #: Longer texts are refused before any tokenizer sees them; BLIP reads 512 tokens at most.
 MAX_TEXT: Final = 20_000
 MAX_TEXTS: Final = 1_000
+MAX_CANDIDATES: Final = 10_000  # VQA's usual list of answers has 3,128
 MAX_URI: Final = 4_096
 
 #: task -> key of one text, key of several; captions need none
@@ -53,9 +54,10 @@ def _parse_row(line: bytes, number: int, task: Task, fmt: ManifestFormat) -> Row
             raise _BadRowError("row_invalid", f"`image` has more than {MAX_URI} characters")
         row_id = _row_id(raw)
         texts, several = _texts(raw, task)
+        candidates = _candidates(raw) if task == "vqa" else ()
     except _BadRowError as error:
         return _bad(number, error, raw, line)
-    return Row(number, image, row_id, texts, several, _passthrough(raw))
+    return Row(number, image, row_id, texts, several, _passthrough(raw), candidates)
 
 
 def _bad(number: int, error: _BadRowError, raw: dict[str, Any], line: bytes) -> BadRow:
@@ -125,6 +127,19 @@ def _texts(raw: dict[str, Any], task: Task) -> tuple[tuple[str, ...], bool]:
             raise _BadRowError("text_missing", f"`{many}` is empty")
         return tuple(_text(text, many, task) for text in texts), True
     return (_text(raw.get(one), one, task),), False
+
+
+def _candidates(raw: dict[str, Any]) -> tuple[str, ...]:
+    """The answers that a question's is to be chosen from; none: it is generated."""
+    answers = raw.get("answers")
+    if answers is None:
+        return ()
+    if not isinstance(answers, list) or not 0 < len(answers) <= MAX_CANDIDATES:
+        raise _BadRowError(
+            "row_invalid",
+            f"`answers`, to choose from, must be a list of 1 to {MAX_CANDIDATES} strings; else leave it out",
+        )
+    return tuple(_text(answer, "answers", "vqa") for answer in answers)
 
 
 def _text(value: object, key: str, task: Task) -> str:

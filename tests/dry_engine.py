@@ -85,5 +85,6 @@ def answer(request: Request, text: str) -> Result:
     if request.task == "caption":
         return Caption(f"{colour} {text}".strip(), -0.5, (1, 2, 3))
     if request.task == "vqa":
-        return Answer(f"{colour} {text}", -0.25)
-    return Match(0.75, 0.5)
+        ranking = tuple((answer, -float(n)) for n, answer in enumerate(request.candidates))
+        return Answer(*ranking[0], ranking) if ranking else Answer(f"{colour} {text}", -0.25)
+    return Match(0.75, 0.5, 1.0)

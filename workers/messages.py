@@ -43,3 +43,4 @@ class Run:
     size: tuple[int, int]  # height, width
     texts: tuple[str, ...]
     options: Options
+    candidates: tuple[str, ...] = ()  # vqa: the answers to choose from

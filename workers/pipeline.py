@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
@@ -49,6 +50,14 @@ class _Flight:
         """Every distinct text of the rows."""
         return tuple(dict.fromkeys(text for row in self.rows for text in row.texts))
 
+    def split(self) -> None:
+        """Leave in `rows` those that choose from the same answers as the first: a run has one list of them."""
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault(row.candidates, []).append(row)
+        self.rows, *others = groups.values()
+        self.later.extend(others)
+
 
 class Lane:
     """A Celery thread's share of the slots. It outlives chunks: what an abandoned chunk has in flight still lands."""
@@ -72,6 +81,7 @@ class Lane:
     def _start(self, flight: _Flight) -> None:
         chunk = flight.chunk
         chunk.before(flight.rows)
+        flight.split()
         chunk.flying += 1
         flight.slot = self._free.pop()
         self._loaders.load(flight.slot, flight.location, chunk.job.checkpoint.image_size, self._replies, flight)
@@ -81,7 +91,7 @@ class Lane:
         if flight.chunk is current and self._goes_on(flight, outcome):
             run = Run(
                 current.job.checkpoint.name, current.job.task, flight.slot, current.job.checkpoint.image_size,
-                flight.texts(), current.job.options,
+                flight.texts(), current.job.options, flight.rows[0].candidates,
             )  # fmt: skip
             self._engine.submit(run, self._replies, flight)
         else:
@@ -94,7 +104,10 @@ class Lane:
             flight.loaded = True
             return True
         if isinstance(outcome, Failure):
-            if flight.loaded and len(flight.rows) > 1 and outcome.code != "crashed":
+            if not flight.loaded:
+                flight.chunk.fail([*flight.rows, *chain.from_iterable(flight.later)], outcome)
+                return False
+            if len(flight.rows) > 1 and outcome.code != "crashed":
                 flight.later.extend([row] for row in flight.rows)  # perhaps one row's text is at fault: find it
             else:
                 flight.chunk.fail(flight.rows, outcome)

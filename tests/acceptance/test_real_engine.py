@@ -48,6 +48,21 @@ def test_demo_is_right_about_held_out_drawings(tmp_path: Path) -> None:
         assert len(summary["model"]["weights_sha256"]) == 64
 
 
+def test_answers_chosen_from_a_list(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    subprocess.run([sys.executable, "-m", "blip_engine.shapes.drawings", str(folder), "--count", "100"], check=True)
+    manifest = folder / "vqa.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    answers = sorted({row["expected"] for row in rows})
+    manifest.write_text("".join(json.dumps({**row, "answers": answers}) + "\n" for row in rows))
+    process = blip_batch("run", manifest, "--task", "vqa", "--model", "demo", "--output", tmp_path / "out")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    found = records(tmp_path / "out")
+    assert all({entry["answer"] for entry in record["result"]["ranking"]} == set(answers) for record in found)
+    assert sum(record["result"]["answer"] == record["input"]["expected"] for record in found) >= 97
+
+
 def test_worker_then_orchestrator_killed_in_mid_job(redis_server: RedisServer, tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "blip_engine.shapes.drawings", str(tmp_path / "in"), "--count", "200"], check=True

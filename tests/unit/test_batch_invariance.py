@@ -5,6 +5,7 @@ their kernels by the shapes they get: with `runner.run` on batches of any length
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from small_models import save_checkpoint, small_config
 
 from blip_engine.checkpoint import find_checkpoint
-from blip_engine.requests import TASKS, Request, Result, Task, options_for
+from blip_engine.requests import TASKS, MatchOptions, Request, Result, Task, options_for
 from blip_engine.resident import ResidentModel
 from blip_engine.runner import Runner, runner_for
 
@@ -114,8 +115,19 @@ def test_embeddings(folder: Path, dtype: str) -> None:
     model: Any = runner(folder / "itm", "itm", dtype)
     pixels = [request.pixels for request in requests(model, "itm", model.resident.shapes.images + 3)]
     texts = [f"a {word} dog" * (1 + i % 4) for i, word in enumerate(["red", "blue", "green"] * 9)]
-    pictures, words = model.embed_images(pixels), model.embed_texts(texts)
+    pictures, words = model.embed_images(pixels), model.embed_texts(texts, MatchOptions())
     for row in (0, 5, len(pixels) - 1):
         assert model.embed_images([pixels[row]])[0].equal(pictures[row])
     for row in range(len(texts)):
-        assert model.embed_texts([texts[row]])[0].equal(words[row])
+        assert model.embed_texts([texts[row]], MatchOptions())[0].equal(words[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chosen_answers(folder: Path, dtype: str) -> None:
+    model = runner(folder / "vqa", "vqa", dtype)
+    words = ["red", "blue", "a dog", "a cat on the left", "two dogs in a picture of the red cat", "yes", "no"]
+    batch = [replace(request, candidates=tuple(words[i % 3 :])) for i, request in enumerate(requests(model, "vqa", 7))]
+    crowd = run(model, batch)
+    assert run(model, batch[::-1]) == crowd[::-1]
+    for row in range(len(batch)):
+        assert run(model, [batch[row]]) == [crowd[row]]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -65,6 +66,19 @@ def test_rows_of_one_image_share_its_load_and_its_run() -> None:
     assert [record["row"] for record in records] == [10, 11, 12, 13]
     assert sorted(children.loads) == ["/a", "/b"]
     assert sorted(run.texts for run in children.runs) == [("x", "z"), ("y",)]  # the repeated text is run once
+
+
+def test_rows_of_one_image_that_choose_from_different_answers_share_its_load_only() -> None:
+    children = Children()
+    few, more = ("red", "blue"), ("red", "blue", "green")
+    given = [few, more, (), few]
+    rows = [replace(row(n, "a", text), candidates=given[n]) for n, text in enumerate("xyzw")]
+    assert outcomes(work(children, rows)) == ["X", "Y", "Z", "W"]
+    assert children.loads == ["/a"]
+    assert [(run.texts, run.candidates) for run in children.runs] == [(("x", "w"), few), (("y",), more), (("z",), ())]
+    broken = Children(load=lambda _: Failure("image_truncated", "cut"))
+    assert outcomes(work(broken, rows)) == ["image_truncated"] * 4
+    assert not broken.runs
 
 
 def test_several_texts_of_a_row_are_a_list() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, OptionError
-from .generation import Extras, Generated, Limits, Memory, Prompt, generate
+from .generation import Extras, Generated, Limits, Memory, Prompt, Record, generate
 from .outputs import GenerateOutput
 from .requests import GenerationOptions
 from .text import BlipTextLMHeadModel
@@ -18,7 +18,8 @@ _OPTIONS = (
     *("num_beams", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "length_penalty"),
     *("num_return_sequences", "max_length", "min_length", "max_new_tokens", "min_new_tokens"),
 )
-_EXTRAS = ("early_stopping", "no_repeat_ngram_size", "output_scores", "return_dict_in_generate", "generator")
+_RECORDED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_EXTRAS = ("early_stopping", "no_repeat_ngram_size", "return_dict_in_generate", *_RECORDED, "generator")
 
 
 def decode(
@@ -36,18 +37,36 @@ def decode(
         raise OptionError(f"generate() has no argument {unknown[0]!r}; it has: {', '.join(_OPTIONS + _EXTRAS)}")
     wanted = {name: values.pop(name) for name in _EXTRAS if name in values}
     prompt = Prompt.of(prompts, config.pad_token_id, decoder.device)
+    extras = _extras(wanted, _sampled_beams(values), values.get("num_beams", 1))
     options, limits = _options_and_limits(values, prompt.lengths, config.max_position_embeddings)
-    extras = _extras(wanted)
-    uniforms = _uniforms(wanted.get("generator"), len(prompts), options, limits)
+    uniforms = _uniforms(extras.generator, len(prompts), options, limits)
     generated = generate(decoder, prompt, memory, options, limits, uniforms, extras)
     sequences = _with_prompts(prompts, generated, config.pad_token_id)
-    if not wanted.get("return_dict_in_generate"):
-        return sequences
+    return _output(sequences, generated, extras.record) if wanted.get("return_dict_in_generate") else sequences
+
+
+def _output(sequences: Tensor, generated: Generated, record: Record) -> GenerateOutput:
+    beams = None
+    if generated.beams is not None:
+        beams = generated.beams.flatten(0, 1)[:, : int(generated.lengths.max())].int()
     return GenerateOutput(
         sequences=sequences,
-        sequences_scores=generated.scores.flatten() if extras.record and options.num_beams > 1 else None,
-        scores=tuple(step.flatten(0, 1) for step in extras.recorded) if extras.record else None,
+        sequences_scores=None if beams is None or record.scores is None else generated.scores.flatten(),
+        scores=None if record.scores is None else tuple(step.flatten(0, 1) for step in record.scores),
+        logits=None if record.logits is None else tuple(step.flatten(0, 1) for step in record.logits),
+        beam_indices=beams,
+        attentions=None if record.attentions is None else tuple(record.attentions),
+        hidden_states=None if record.hidden_states is None else tuple(record.hidden_states),
     )
+
+
+def _sampled_beams(values: dict[str, Any]) -> bool:
+    """Whether beams are to be drawn. To the options they are beams, so `do_sample` goes and leaves its defaults."""
+    if not values.get("do_sample") or values.get("num_beams", 1) == 1:
+        return False
+    del values["do_sample"]
+    values.setdefault("top_k", _DEFAULT_TOP_K)
+    return True
 
 
 def _options_and_limits(
@@ -73,21 +92,27 @@ def _options_and_limits(
     return options, Limits(most, least, steps)
 
 
-def _extras(wanted: Mapping[str, Any]) -> Extras:
+def _extras(wanted: Mapping[str, Any], sampled_beams: bool, beams: int) -> Extras:
     stopping, ngram = wanted.get("early_stopping", False), wanted.get("no_repeat_ngram_size", 0)
     if stopping not in (True, False, "never"):
         raise OptionError(f"option 'early_stopping' must be True, False or 'never', not {stopping!r}")
     if type(ngram) is not int or ngram < 0:
         raise OptionError(f"option 'no_repeat_ngram_size' must be 0 (off) or more, not {ngram!r}")
-    record = bool(wanted.get("return_dict_in_generate") and wanted.get("output_scores"))
-    return Extras(early_stopping=stopping, no_repeat_ngram_size=ngram, record=record)
-
-
-def _uniforms(generator: Any, rows: int, options: GenerationOptions, limits: Limits) -> Tensor | None:
-    if generator is None:
-        return None
-    if not isinstance(generator, torch.Generator):
+    generator = wanted.get("generator")
+    if not isinstance(generator, torch.Generator | None):
         raise OptionError(f"option 'generator' must be a torch.Generator, not {generator!r}")
+    returned = wanted.get("return_dict_in_generate", False)  # without it there is no place for what is recorded
+    lists: list[Any] = [[] if returned and wanted.get(name) else None for name in _RECORDED]
+    scores, logits, attentions, hidden_states = lists
+    record = Record(scores, logits, attentions, hidden_states, beams=bool(returned and beams > 1))
+    return Extras(stopping, ngram, sampled_beams, generator, record)
+
+
+def _uniforms(
+    generator: torch.Generator | None, rows: int, options: GenerationOptions, limits: Limits
+) -> Tensor | None:
+    if generator is None or not options.do_sample:
+        return None
     shape = (rows, options.num_return_sequences, limits.steps)
     return torch.rand(shape, generator=generator, device=generator.device).to(limits.most.device)
 

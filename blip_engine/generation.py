@@ -59,6 +59,7 @@ class Generated:
     tokens: Tensor  # (B, sequences, steps), [SEP] included, padded behind
     lengths: Tensor  # (B, sequences), new tokens with [SEP]
     scores: Tensor  # (B, sequences) float32: log-probability of the new tokens / length^length_penalty
+    beams: Tensor | None = None  # (B, sequences, steps): see GenerateOutput.beam_indices; only if Record.beams
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,26 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Record:
+    """What to keep of every step: a list fills up, None stays None. Hypotheses (hyp.) of an image are neighbours."""
+
+    scores: list[Tensor] | None = None  # (B, hyp., vocabulary) as the search saw them
+    logits: list[Tensor] | None = None  # (B, hyp., vocabulary) as the decoder gave them
+    attentions: list[tuple[Tensor, ...]] | None = None  # per layer (B * hyp., heads, T, keys)
+    hidden_states: list[tuple[Tensor, ...]] | None = None  # embeddings and every layer (B * hyp., T, width)
+    beams: bool = False  # whether to keep which beam every token came from
+
+
+@dataclass(frozen=True)
 class Extras:
     """What a direct caller may ask for beyond a job's options."""
 
     #: True: a row ends with its num_beams-th finished beam. "never": only when no beam can become better, however long.
     early_stopping: bool | Literal["never"] = False
     no_repeat_ngram_size: int = 0  # no run of this many tokens comes twice; 0: any may
-    record: bool = False  # keep every step's scores
-    recorded: list[Tensor] = field(default_factory=list)  # them, (B, hypotheses, vocabulary) each
+    sampled_beams: bool = False  # draw the continuations of beams, by temperature, top_k and top_p
+    generator: torch.Generator | None = None  # that these are drawn with; None: torch's global one
+    record: Record = field(default_factory=Record)
 
 
 @torch.no_grad()
@@ -104,8 +117,9 @@ def generate(
     rows, device = len(prompt.ids), prompt.ids.device
     if limits is None:
         limits = Limits.uniform(rows, options.max_new_tokens, options.min_new_tokens, device)
-    search = _search_for(decoder, prompt, options, limits, uniforms, extras or Extras())
-    state = _DecoderState(decoder, prompt, memory, limits.steps)
+    extras = extras or Extras()
+    search = _search_for(decoder, prompt, options, limits, uniforms, extras)
+    state = _DecoderState(decoder, prompt, memory, limits.steps, extras.record)
     logits = state.read_prompt()[:, None].expand(-1, search.hypotheses, -1)
     state.fan_out(search.hypotheses)
     for step in range(limits.steps):
@@ -119,8 +133,10 @@ def generate(
 class _DecoderState:
     """The decoder with its cache, masks and positions: turns tokens into the next logits."""
 
-    def __init__(self, decoder: BlipTextLMHeadModel, prompt: Prompt, memory: Memory, steps: int) -> None:
-        self._decoder, self._prompt, self._memory = decoder, prompt, memory
+    def __init__(
+        self, decoder: BlipTextLMHeadModel, prompt: Prompt, memory: Memory, steps: int, record: Record
+    ) -> None:
+        self._decoder, self._prompt, self._memory, self._record = decoder, prompt, memory, record
         self._cache = decoder.bert.new_cache(prompt.ids.shape[1] + steps, memory.keys)
         self._mask, self._next_position = prompt.mask, prompt.lengths[:, None]
 
@@ -136,6 +152,9 @@ class _DecoderState:
         if hypotheses > 1:
             rows = torch.arange(len(self._prompt.ids), device=self._prompt.ids.device)
             self._cache.select(rows.repeat_interleave(hypotheses))
+            for kept in (self._record.attentions, self._record.hidden_states):
+                if kept:  # of the prompt, which was read once for all of them
+                    kept[0] = tuple(layer.repeat_interleave(hypotheses, 0) for layer in kept[0])
             self._next_position = self._next_position.repeat_interleave(hypotheses, 0)
             if self._mask is not None:
                 self._mask = self._mask.repeat_interleave(hypotheses, 0)
@@ -162,7 +181,13 @@ class _DecoderState:
             encoder_attention_mask=self._memory.mask,
             past_key_values=self._cache,
             logits_to_keep=1,
+            output_attentions=self._record.attentions is not None,
+            output_hidden_states=self._record.hidden_states is not None,
         )
+        if self._record.attentions is not None:
+            self._record.attentions.append(output.attentions)
+        if self._record.hidden_states is not None:
+            self._record.hidden_states.append(output.hidden_states)
         return output.logits[:, -1]
 
 
@@ -213,7 +238,7 @@ class _TokenSearch:
         rows, device = len(limits.most), limits.most.device
         self.hypotheses = options.num_return_sequences
         self._rules, self._limits, self._end, self._pad, self._uniforms = rules, limits, end, pad, uniforms
-        self._penalty, self._extras = options.length_penalty, extras
+        self._penalty, self._record = options.length_penalty, extras.record
         self._tokens = torch.full((rows, self.hypotheses, limits.steps), pad, device=device)
         self._total = torch.zeros(rows, self.hypotheses, device=device)
         self._ended = torch.zeros(rows, self.hypotheses, dtype=torch.bool, device=device)
@@ -223,8 +248,10 @@ class _TokenSearch:
         ruled = self._rules.apply(logits, self._tokens[:, :, :step])
         draws = self._uniforms
         chosen = ruled.argmax(-1) if draws is None else self._rules.draw(ruled, draws[:, :, step])
-        if self._extras.record:
-            self._extras.recorded.append(ruled.clone() if draws is None else self._rules.warped(ruled))
+        if self._record.scores is not None:
+            self._record.scores.append(ruled.clone() if draws is None else self._rules.warped(ruled))
+        if self._record.logits is not None:
+            self._record.logits.append(logits.clone())
         gained = logits.log_softmax(-1).gather(-1, chosen[..., None]).squeeze(-1)
         self._total += gained.masked_fill(self._ended, 0.0)
         chosen = chosen.masked_fill(self._ended, self._pad)
@@ -253,8 +280,11 @@ class _BeamSearch:
         rows, device, beams = len(limits.most), limits.most.device, options.num_beams
         self.hypotheses, self._returned = beams, options.num_return_sequences
         self._rules, self._limits, self._end, self._penalty = rules, limits, end, options.length_penalty
-        self._extras = extras
+        self._extras, self._record = extras, extras.record
+        # Tokens and, where they are asked for, behind them the beams these came from.
         self._running = torch.full((rows, beams, limits.steps), pad, device=device)
+        if self._record.beams:
+            self._running = torch.cat([self._running, torch.full_like(self._running, -1)], dim=2)
         self._running_scores = torch.full((rows, beams), _NEVER, device=device)
         self._running_scores[:, 0] = 0.0  # at first all beams are equal: only one of them counts
         self._finished = self._running.clone()
@@ -265,20 +295,35 @@ class _BeamSearch:
 
     def advance(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
         log_probabilities = self._rules.apply(logits.float().log_softmax(-1), self._running[:, :, :step])
-        if self._extras.record:
-            self._extras.recorded.append(log_probabilities.clone())
-        totals = (log_probabilities + self._running_scores[:, :, None]).flatten(1)
-        scores, flat = totals.topk(2 * self.hypotheses)
+        if self._extras.sampled_beams:
+            log_probabilities = self._rules.warped(log_probabilities, least_kept=2)
+        if self._record.scores is not None:
+            self._record.scores.append(log_probabilities.clone())
+        if self._record.logits is not None:
+            self._record.logits.append(logits.float())
+        scores, flat = self._chosen((log_probabilities + self._running_scores[:, :, None]).flatten(1))
         vocabulary = logits.shape[-1]
         parents, tokens = flat // vocabulary, flat % vocabulary
         sequences = _take(self._running, parents)
         sequences[:, :, step] = tokens
+        if self._record.beams:
+            sequences[:, :, self._limits.steps + step] = parents + self._offsets
         ended = (tokens == self._end) | (step + 1 >= self._limits.most)[:, None]
         self._keep_finished(sequences, scores, ended, step + 1)
         kept = (scores + ended * _NEVER).topk(self.hypotheses)
         self._running, self._running_scores = _take(sequences, kept.indices), kept.values
         self._close_settled(step + 1)
         return tokens.gather(1, kept.indices).flatten(), (parents.gather(1, kept.indices) + self._offsets).flatten()
+
+    def _chosen(self, totals: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and places of 2K of (B, K * vocabulary) continuations: the best, or drawn without replacement."""
+        if not self._extras.sampled_beams:
+            return totals.topk(2 * self.hypotheses)
+        generator = self._extras.generator
+        noise = torch.empty(totals.shape, device=totals.device if generator is None else generator.device)
+        gumbel = -noise.exponential_(generator=generator).log().to(totals.device)
+        drawn = (totals + gumbel).topk(2 * self.hypotheses).indices  # Kool et al. 2019, arxiv.org/abs/1903.06059
+        return totals.gather(1, drawn), drawn
 
     def _keep_finished(self, sequences: Tensor, scores: Tensor, ended: Tensor, length: int) -> None:
         eligible = ended.clone()
@@ -304,8 +349,10 @@ class _BeamSearch:
         return not self._open.any()
 
     def result(self) -> Generated:
-        tokens = self._finished[:, : self._returned]
-        return Generated(tokens, _lengths(tokens, self._limits, self._end), self._finished_scores[:, : self._returned])
+        kept, steps = self._finished[:, : self._returned], self._limits.steps
+        tokens, scores = kept[:, :, :steps], self._finished_scores[:, : self._returned]
+        lengths = _lengths(tokens, self._limits, self._end)
+        return Generated(tokens, lengths, scores, kept[:, :, steps:] if self._record.beams else None)
 
 
 def _take(sequences: Tensor, index: Tensor) -> Tensor:

@@ -70,19 +70,24 @@ class LogitRules:
         last = (probabilities > 0).sum(-1, keepdim=True) - 1  # rounding must not lead past the nucleus
         return tokens.gather(-1, index.minimum(last)).squeeze(-1)
 
-    def warped(self, logits: Tensor) -> Tensor:
-        """The logits (B, K, vocabulary) that `draw` draws from, -inf where a token cannot be drawn."""
-        ordered, probabilities, tokens = self._ordered(logits)
+    def warped(self, logits: Tensor, least_kept: int = 1) -> Tensor:
+        """The logits (B, K, vocabulary) that `draw` draws from, -inf where a token cannot be drawn.
+
+        `least_kept` tokens can, whatever the options say.
+        """
+        ordered, probabilities, tokens = self._ordered(logits, least_kept)
         return torch.empty_like(logits).scatter_(-1, tokens, ordered.masked_fill(probabilities == 0, -torch.inf))
 
-    def _ordered(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _ordered(self, logits: Tensor, least_kept: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """Logits and probabilities (0 for what is cut off) of the tokens, the most probable first, and the tokens."""
         options = self._options
         ordered, tokens = (logits / options.temperature).sort(stable=True, dim=-1, descending=True)
         if 0 < options.top_k < ordered.shape[-1]:
-            ordered[..., options.top_k :] = -torch.inf
+            ordered[..., max(options.top_k, least_kept) :] = -torch.inf
         probabilities = ordered.softmax(-1)
         if options.top_p < 1.0:
             before = probabilities.cumsum(-1) - probabilities
-            probabilities = probabilities.masked_fill(before >= options.top_p, 0.0)
+            beyond = before >= options.top_p
+            beyond[..., :least_kept] = False
+            probabilities = probabilities.masked_fill(beyond, 0.0)
         return ordered, probabilities, tokens

@@ -73,12 +73,20 @@ class LanguageModelOutput(ModelOutput):
 
 @dataclass
 class GenerateOutput(ModelOutput):
-    """Of `generate` with `return_dict_in_generate`. The scores are there with `output_scores`."""
+    """Of `generate` with `return_dict_in_generate`; `output_scores`, `output_logits` and so on fill in the rest.
+
+    Hypotheses (hyp.) are num_beams, or num_return_sequences of samples. A row's values behind its end mean nothing.
+    """
 
     sequences: Tensor  # (B * num_return_sequences, T) ids
-    sequences_scores: Tensor | None = None  # of beams: (B * num_return_sequences,)
-    #: per step (B * hypotheses, vocabulary) as the search saw them: logits, or log-probabilities with beams
+    sequences_scores: Tensor | None = None  # of beams, with output_scores: (B * num_return_sequences,)
+    #: per step (B * hyp., vocabulary) as the search saw them: logits, or log-probabilities with beams
     scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None  # per step (B * hyp., vocabulary) as the decoder gave them
+    #: of beams: (B * num_return_sequences, new tokens), the row of `scores` a token was chosen from, -1 behind the end
+    beam_indices: Tensor | None = None
+    attentions: tuple[tuple[Tensor, ...], ...] | None = None  # per step and layer (B * hyp., heads, T, keys)
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # per step and layer (B * hyp., T, width)
 
 
 @dataclass

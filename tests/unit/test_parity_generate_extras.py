@@ -1,6 +1,6 @@
 """The further arguments of `generate`: early stopping, n-grams, scores and a generator of one's own."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -80,6 +80,53 @@ def test_scores(task: Task, options: dict[str, Any]) -> None:
                 assert_close(mine.nan_to_num(neginf=-9.0), truth.nan_to_num(neginf=-9.0))
 
 
+def assert_steps_close(ours: Any, theirs: Any, lengths: list[int], beams: int) -> None:
+    """Tensors, or tuples of them per layer, of every step. Behind a row's end they mean nothing."""
+    for field in ("logits", "attentions", "hidden_states"):
+        assert len(ours[field]) == len(theirs[field])
+        for step, (mine, other) in enumerate(zip(ours[field], theirs[field], strict=True)):
+            # With beams a row of a step is no row of the result: compared are the steps that all texts have.
+            alive = [row for row, length in enumerate(lengths) if length > step]
+            rows = alive if beams == 1 else list(range(len(lengths) * beams)) if step < min(lengths) else []
+            layers = [(mine, other)] if field == "logits" else zip(mine, other, strict=True)
+            for own, truth in layers:
+                assert own.shape == truth.shape
+                if rows:
+                    assert_close(own[rows], truth[rows])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "repetition_penalty": 1.3}], ids=str)
+@pytest.mark.parametrize("task", ["caption", "vqa"])
+def test_logits_attentions_and_hidden_states(task: Task, options: dict[str, Any]) -> None:
+    asked = {"output_logits": True, "output_attentions": True, "output_hidden_states": True}
+    ours, theirs = both(task, **options, **asked, return_dict_in_generate=True)
+    assert ours.scores is ours.sequences_scores is None
+    assert set(ours.keys()) == set(theirs.keys()) - {"past_key_values"}
+    prompt = 5 if task == "caption" else 1
+    lengths = [len(text) - prompt for text in texts(ours.sequences, prompt)]
+    assert_steps_close(ours, theirs, lengths, options.get("num_beams", 1))
+    plain, _ = both(task, **options)
+    assert ours.sequences.equal(plain)
+
+
+@pytest.mark.parametrize("task", ["caption", "vqa"])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_return_sequences": 3, "length_penalty": 2.0}, {"min_new_tokens": 4}, {"max_new_tokens": 1}],
+    ids=str,
+)  # fmt: skip
+def test_beam_indices(task: Task, options: dict[str, Any]) -> None:
+    ours, theirs = both(task, num_beams=3, output_scores=True, return_dict_in_generate=True, **options)
+    assert ours.beam_indices.equal(theirs.beam_indices)
+    assert ours.beam_indices.dtype == theirs.beam_indices.dtype
+    assert both(task, num_beams=3, return_dict_in_generate=True)[0].keys() == ("sequences", "beam_indices")
+    # What they are for: a beam's score is the sum of its tokens' scores where they were chosen.
+    prompt, penalty = 5 if task == "caption" else 1, options.get("length_penalty", 1.0)
+    for row, beams in enumerate(ours.beam_indices.tolist()):
+        new = ours.sequences[row, prompt:].tolist()
+        gained = [float(ours.scores[i][beam, new[i]]) for i, beam in enumerate(beams) if beam >= 0]
+        assert sum(gained) / len(gained) ** penalty == pytest.approx(float(ours.sequences_scores[row]), rel=1e-4)
+
+
 def test_what_is_returned() -> None:
     ours, theirs = twins("caption", end=1.0)
     pixels = images(ours)
@@ -115,6 +162,67 @@ class TestSampling:
         assert sample(1).equal(sample(1))
         assert not sample(1).equal(sample(2))
         assert torch.get_rng_state().equal(state)
+
+
+class TestSampledBeams:
+    OPTIONS: ClassVar[dict[str, Any]] = {"do_sample": True, "num_beams": 3}
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8}, {"top_k": 1}, {"top_k": 0, "top_p": 0.1}],
+        ids=str,
+    )
+    def test_the_scores_are_those_drawn_from(self, options: dict[str, Any]) -> None:
+        ours, theirs = twins("vqa", end=1.0)
+        given = {"pixel_values": images(ours, 8), "input_ids": words(8, 6), **self.OPTIONS, **options, **RECORDED}
+        mine = ours.generate(**given).scores[0]
+        # transformers cannot draw more beams than tokens are left: its first step's scores by its own processors
+        if options.get("top_k") != 1 and options.get("top_p") != 0.1:
+            other = theirs.generate(**given, attention_mask=torch.ones(8, 6, dtype=torch.long)).scores[0]
+            assert mine.isneginf().equal(other.isneginf())
+            assert_close(mine.nan_to_num(neginf=-9.0), other.nan_to_num(neginf=-9.0))
+        else:
+            assert (mine.isfinite().sum(1) == 2).all()  # the fewest that transformers' beams keep
+
+    def test_a_beam_is_what_its_scores_say(self) -> None:
+        ours, _ = twins("caption", end=1.0)
+        output = ours.generate(images(ours, 6), num_return_sequences=2, **self.OPTIONS, **RECORDED)
+        assert output.sequences.shape[0] == 12
+        for row, beams in enumerate(output.beam_indices.tolist()):
+            new = output.sequences[row, 1:].tolist()
+            gained = [float(output.scores[i][beam, new[i]]) for i, beam in enumerate(beams) if beam >= 0]
+            assert sum(gained) / len(gained) == pytest.approx(float(output.sequences_scores[row]), rel=1e-4)
+
+    def test_a_generator_decides_the_draws(self) -> None:
+        ours, _ = twins("caption")
+        pixels = images(ours, 6)
+
+        def sample(seed: int) -> Any:
+            return ours.generate(pixels, generator=torch.Generator().manual_seed(seed), **self.OPTIONS)
+
+        state = torch.get_rng_state()
+        assert sample(1).equal(sample(1))
+        assert not sample(1).equal(sample(2))
+        assert torch.get_rng_state().equal(state)
+
+    def test_first_tokens_come_as_often_as_their_probability_says(self) -> None:
+        """With one new token and two beams the first drawn and the second are both returned, the likelier first."""
+        ours, _ = twins("caption", end=-1.0)
+        options = {"top_k": 3, "max_new_tokens": 1, "num_beams": 2, "num_return_sequences": 2, **RECORDED}
+        output = ours.generate(images(ours, 1).expand(4000, -1, -1, -1), do_sample=True, **options,
+                               generator=torch.Generator().manual_seed(0))  # fmt: skip
+        chances = output.scores[0][0].softmax(-1)
+        first = chances.argmax()
+        pairs = output.sequences[:, 1].view(4000, 2)
+        # Without replacement: among the first two draws unless drawn neither first nor second.
+        others = [p for p in chances.tolist() if p > 0 and p != float(chances[first])]
+        missed = sum(p * q / (1 - p) for p in others for q in others if q != p)
+        assert (pairs == first).any(1).float().mean().item() == pytest.approx(1 - missed, abs=0.03)
+
+    def test_they_differ_from_the_best_ones(self) -> None:
+        ours, _ = twins("caption", end=1.0)
+        pixels = images(ours, 6)
+        assert texts(ours.generate(pixels, **self.OPTIONS)) != texts(ours.generate(pixels, num_beams=3))
 
 
 @pytest.mark.parametrize(

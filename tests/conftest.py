@@ -4,6 +4,7 @@ import os
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from servers import MotoServer, RcloneServer, RedisServer, S3Server
@@ -11,6 +12,9 @@ from servers import MotoServer, RcloneServer, RedisServer, S3Server
 from orchestrator.control import Controller
 from orchestrator.s3 import s3_client
 from orchestrator.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    import torch
 
 #: Settings with which a lost chunk is found within seconds.
 FAST = {
@@ -22,6 +26,38 @@ S3_VARIABLES = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION",
     "AWS_REGION", "AWS_PROFILE", "AWS_SESSION_TOKEN",
 )  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="what tests of the engine run on: cpu, cuda, cuda:N")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (device := config.getoption("--device")) != "cpu":
+        import torch  # noqa: PLC0415 - most tests do without
+
+        if not (device.startswith("cuda") and torch.cuda.is_available()):
+            raise pytest.UsageError(f"--device {device}: torch sees no such device here")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`gpu` are the tests of tests/gpu and, on a GPU, all that use `device`. Without a GPU none is there."""
+    on_gpu = config.getoption("--device") != "cpu"
+    for item in items:
+        if on_gpu and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+    if not on_gpu:
+        away = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=away)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> "torch.device":
+    """What `--device` says: tests that use it run on a GPU with the same body as on a CPU."""
+    import torch  # noqa: PLC0415
+
+    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.fixture(autouse=True)

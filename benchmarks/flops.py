@@ -69,23 +69,36 @@ def read_text(config: Any, tokens: int, cross: bool) -> int:
     return tokens * text_token(config, patches(config) + 1 if cross else None, tokens)
 
 
-def answer(config: Any, questions: int, question_tokens: int, beams: int, tokens: int) -> int:
-    """FLOP of `questions` about one image, each answered with `tokens` new tokens."""
-    width = config.text_config.hidden_size
-    each = read_text(config, question_tokens, cross=True) + cross_keys(config, question_tokens, width)
-    each += beams * tokens * decode_token(config, question_tokens)
-    return vision(config) + cross_keys(config) + questions * each
+def by_stage(config: Any, task: str, images: int, texts: int, tokens: int, beams: int, steps: int) -> dict[str, int]:
+    """FLOP of every stage for `images` with `texts` of `tokens` each (captions: 0), decoded in `steps` with `beams`.
 
-
-def match(config: Any, texts: int, text_tokens: int) -> int:
-    """FLOP of matching `texts` with one image: the matching head's pass and the contrastive one of every text."""
-    each = read_text(config, text_tokens, cross=True) + read_text(config, text_tokens, cross=False)
-    return vision(config) + cross_keys(config) + texts * each
-
-
-def embed(config: Any, text_tokens: int) -> int:
-    """FLOP of embedding one image and one text."""
-    return vision(config) + read_text(config, text_tokens, cross=False)
+    As an engine does it: [BOS] is read once per row, the last token never. The matching and contrastive projections of
+    one position per text are left out.
+    """
+    v, t = config.vision_config, config.text_config
+    seen, rows, layers = patches(config) + 1, images * max(1, texts), t.num_hidden_layers
+    vision_attention = v.num_hidden_layers * 4 * seen**2 * v.hidden_size
+    attended = 0  # (query, key) pairs of one layer
+    work = {
+        "vision": images * (vision(config) - vision_attention),
+        "vision attention": images * vision_attention,
+        "cross K/V": images * cross_keys(config),
+    }
+    if task != "caption":
+        work["text encoder"] = rows * tokens * text_token(config, 0)
+        attended += rows * tokens * (tokens + seen)
+    if task == "itm":  # a second pass, without the image
+        work["text encoder"] += rows * tokens * text_token(config, None)
+        attended += rows * tokens * tokens
+    if steps:
+        read, source = rows * (1 + beams * (steps - 1)), seen if task == "caption" else tokens
+        work["decoder"] = read * text_token(config, 0)
+        work["head"] = read * head(config)
+        if task == "vqa":
+            work["decoder"] += rows * cross_keys(config, tokens, t.hidden_size)
+        attended += read * source + rows * (1 + beams * sum(range(2, steps + 1)))
+    work["text attention"] = layers * 4 * t.hidden_size * attended
+    return {name: int(number) for name, number in work.items()}
 
 
 def cross_bytes(config: Any, itemsize: int) -> int:

@@ -8,10 +8,10 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -19,13 +19,33 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .config import CONFIG_FILE
-from .errors import CheckpointError
+from .errors import CheckpointError, OptionError
 from .requests import DEMO_MODEL, Task
 from .shapes import demo_checkpoint
 
 SAFETENSORS_FILE = "model.safetensors"
 _WEIGHT_FILES = (SAFETENSORS_FILE, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SIDE_FILES = ("*.json", "vocab.txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """Where and how a checkpoint is looked for; the names are transformers'."""
+
+    cache_dir: str | Path | None = None  # instead of huggingface_hub's
+    token: str | bool | None = field(default=None, repr=False)  # of the hub, for a private repository
+    local_files_only: bool = False  # take what the cache has, without asking the hub
+    force_download: bool = False
+    subfolder: str = ""  # of the repository or directory
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], without_effect: Collection[str] = ()) -> Self:
+        """From arguments of a `from_pretrained`; None is the default. Raises OptionError for an unknown one."""
+        known = [each.name for each in fields(cls)]
+        unknown = [name for name in given if name not in known and name not in without_effect]
+        if unknown:
+            raise OptionError(f"from_pretrained() has no argument {unknown[0]!r}; see docs/api.md for those it has")
+        return cls(**{name: given[name] for name in known if given.get(name) is not None})
 
 
 @dataclass(frozen=True)
@@ -35,14 +55,16 @@ class Checkpoint:
     source: str  # as the user named it
     directory: Path
     revision: str | None  # the hub's commit; None for a directory
+    safetensors: bool | None = None  # whether the weights must be safetensors, or `.bin` files
 
     def weight_files(self) -> list[Path]:
         """The files that hold the tensors, safetensors before `.bin`."""
-        for name in _WEIGHT_FILES:
+        names = [name for name in _WEIGHT_FILES if self.safetensors in (None, ".safetensors" in name)]
+        for name in names:
             path = self.directory / name
             if path.is_file():
                 return _shards(path) if name.endswith(".index.json") else [path]
-        raise CheckpointError(f"{self.source}: no weights in {self.directory}; looked for {', '.join(_WEIGHT_FILES)}")
+        raise CheckpointError(f"{self.source}: no weights in {self.directory}; looked for {', '.join(names)}")
 
     def weights_sha256(self) -> str:
         """SHA-256 over the weight files in order, in hexadecimal."""
@@ -61,42 +83,71 @@ class Checkpoint:
         return tensors
 
 
-def find_checkpoint(model: str | Path, revision: str | None = None, task: Task | None = None) -> Checkpoint:
+def find_checkpoint(
+    model: str | Path,
+    revision: str | None = None,
+    task: Task | None = None,
+    hub: HubOptions | None = None,
+    safetensors: bool | None = None,
+) -> Checkpoint:
     """Resolve what a user calls a model.
 
     `model` is a directory, a hub repository id (`owner/name`, `owner/name@revision`), or, with a task, `demo`.
-    Hub files are downloaded into, or read from, the cache of huggingface_hub. Raises CheckpointError.
+    Hub files are downloaded into, or read from, the cache of huggingface_hub. With `safetensors` the weights are to be
+    of that format, or not. Raises CheckpointError.
     """
-    name = str(model)
+    name, hub = str(model), hub or HubOptions()
     if name == DEMO_MODEL and task is not None:
         return Checkpoint(name, demo_checkpoint(task), None)
     if name and Path(name).is_dir():
-        return Checkpoint(name, Path(name), None)
+        return Checkpoint(name, Path(name, hub.subfolder), None, safetensors)
     repository, _, pinned = name.partition("@")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(f"no model {name!r}: it is neither a directory here nor a hub id such as Salesforce/name")
-    return _from_hub(name, repository, revision or pinned or None)
+    return _from_hub(name, repository, revision or pinned or None, hub, safetensors)
 
 
-def _from_hub(source: str, repository: str, revision: str | None) -> Checkpoint:
-    directory = fetch_from_hub(source, repository, revision, (*_SIDE_FILES, "*.safetensors"))
-    if not any(directory.glob("*.safetensors")):
-        directory = fetch_from_hub(source, repository, revision, (*_SIDE_FILES, "pytorch_model*.bin"))
-    if not (directory / CONFIG_FILE).is_file():
-        raise CheckpointError(f"model {source!r} holds no {CONFIG_FILE}; is it a BLIP checkpoint?")
-    return Checkpoint(source, directory, directory.name)
+def _from_hub(
+    source: str, repository: str, revision: str | None, hub: HubOptions, safetensors: bool | None
+) -> Checkpoint:
+    inside = f"{hub.subfolder}/" if hub.subfolder else ""
+
+    def fetched(weights: str) -> Path:
+        patterns = [f"{inside}{name}" for name in (*_SIDE_FILES, weights)]
+        return fetch_from_hub(source, repository, revision, patterns, hub)
+
+    snapshot = fetched("pytorch_model*.bin" if safetensors is False else "*.safetensors")
+    if safetensors is None and not any(snapshot.joinpath(hub.subfolder).glob("*.safetensors")):
+        snapshot = fetched("pytorch_model*.bin")
+    if not snapshot.joinpath(hub.subfolder, CONFIG_FILE).is_file():
+        raise CheckpointError(f"model {source!r} holds no {inside}{CONFIG_FILE}; is it a BLIP checkpoint?")
+    return Checkpoint(source, snapshot / hub.subfolder, snapshot.name, safetensors)
 
 
-def fetch_from_hub(source: str, repository: str, revision: str | None, patterns: Iterable[str]) -> Path:
+def fetch_from_hub(
+    source: str, repository: str, revision: str | None, patterns: Iterable[str], hub: HubOptions | None = None
+) -> Path:
     """The directory in huggingface_hub's cache with a repository's files of these patterns. Raises CheckpointError."""
+    hub = hub or HubOptions()
     from huggingface_hub import snapshot_download  # noqa: PLC0415  # slow to import, and a directory needs none of it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(patterns),
+                cache_dir=hub.cache_dir,
+                token=hub.token,
+                local_files_only=hub.local_files_only,
+                force_download=hub.force_download,
+            )
+        )
     except LocalEntryNotFoundError:
+        why = "local_files_only keeps it from the hub" if hub.local_files_only else "the hub cannot be reached"
         raise CheckpointError(
-            f"model {source!r} is not in the local cache and the hub cannot be reached; "
+            f"model {source!r} is not in the local cache and {why}; "
             "give a local directory, or set HF_HOME to a cache that holds it"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:

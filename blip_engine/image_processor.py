@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import find_checkpoint
+from .checkpoint import HubOptions, find_checkpoint
 from .errors import CheckpointError, InputError
 from .features import BatchFeature, as_features
 
@@ -51,10 +51,14 @@ class BlipImageProcessor:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None
+        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, **loading: Any
     ) -> "BlipImageProcessor":
-        """From a directory or a hub repository. Raises CheckpointError."""
-        return cls.from_directory(find_checkpoint(pretrained_model_name_or_path, revision).directory)
+        """From a directory or a hub repository.
+
+        `loading` is as of the models; use_fast changes nothing. Raises CheckpointError, OptionError for other names.
+        """
+        hub = HubOptions.of(loading, without_effect=("use_fast", "trust_remote_code"))
+        return cls.from_directory(find_checkpoint(pretrained_model_name_or_path, revision, hub=hub).directory)
 
     @classmethod
     def from_directory(cls, directory: Path) -> "BlipImageProcessor":

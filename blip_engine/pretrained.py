@@ -3,20 +3,25 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import SAFETENSORS_FILE, Checkpoint, check_tensors, find_checkpoint
+from .checkpoint import SAFETENSORS_FILE, Checkpoint, HubOptions, check_tensors, find_checkpoint
 from .config import CONFIG_FILE, BlipConfig, BlipTextConfig, BlipVisionConfig
 from .errors import CheckpointError, OptionError
 from .outputs import ModelOutput
 from .precision import choose_device
 
+#: one device for the whole model: by itself, or for parts of it by name ("" is all of it)
+DeviceMap: TypeAlias = str | int | torch.device | Mapping[str, str | int | torch.device] | None
+
 ConfigT = TypeVar("ConfigT", BlipConfig, BlipTextConfig, BlipVisionConfig)
+
+_CHOICES = ("auto", "balanced", "balanced_low_0", "sequential")  # of transformers; on one device they are the same
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # the exact one, with erf
@@ -90,15 +95,24 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         revision: str | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
-        device_map: str | int | torch.device | None = None,
+        device_map: DeviceMap = None,
+        use_safetensors: bool | None = None,
+        attn_implementation: str | None = None,
+        **loading: Any,
     ) -> Self:
         """Load a checkpoint, whole or not at all, in evaluation mode.
 
-        `dtype` (or `torch_dtype`, its older name) None or "auto" keeps the file's.
-        `device_map` is a device, or "auto" for the GPU if there is one. Raises CheckpointError; OptionError for a
-        device that is not there.
+        `dtype` (or `torch_dtype`, its older name) None or "auto" keeps the file's. `device_map` is a device, a
+        dictionary that gives all parts the same one, or "auto" for the GPU if there is one. `use_safetensors` False
+        reads `.bin` files only, True never. `loading`: cache_dir, token, local_files_only, force_download, subfolder
+        as in transformers. `attn_implementation` "eager" and "sdpa", low_cpu_mem_usage and trust_remote_code change
+        nothing: attention has one implementation here, tensors are mapped anyway, and no repository's code is run.
+        Raises CheckpointError; OptionError for a device that is not there and for an argument or value not named here.
         """
-        checkpoint = find_checkpoint(pretrained_model_name_or_path, revision)
+        if attn_implementation not in (None, "eager", "sdpa"):
+            raise OptionError(f"attn_implementation must be 'sdpa' or 'eager', not {attn_implementation!r}")
+        hub = HubOptions.of(loading, without_effect=("low_cpu_mem_usage", "trust_remote_code"))
+        checkpoint = find_checkpoint(pretrained_model_name_or_path, revision, hub=hub, safetensors=use_safetensors)
         return cls.from_checkpoint(checkpoint, torch_dtype if dtype is None else dtype, device_map)
 
     @classmethod
@@ -106,7 +120,7 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         cls,
         checkpoint: Checkpoint,
         dtype: torch.dtype | str | None = None,
-        device_map: str | int | torch.device | None = None,
+        device_map: DeviceMap = None,
     ) -> Self:
         """As `from_pretrained`, for a checkpoint that was already found. Raises CheckpointError and OptionError."""
         device, kind = _device(device_map), _dtype(dtype)  # a wrong one is told before anything is read
@@ -119,6 +133,8 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         except (TypeError, ValueError, RuntimeError) as error:
             line = str(error).splitlines()[0]
             raise CheckpointError(f"{checkpoint.source}: {CONFIG_FILE} describes no model: {line}") from None
+        if isinstance(device_map, Mapping):
+            _check_parts(model, device_map)
         check_tensors(checkpoint.source, model.state_dict(), tensors, model.tied_weights)
         twins = {alias: source for alias, source in model.tied_weights.items() if _is_twin(tensors, alias, source)}
         model.load_state_dict(tensors | {alias: tensors[source] for alias, source in twins.items()}, assign=True)
@@ -172,9 +188,31 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _device(device: str | int | torch.device | None) -> torch.device:
-    if device is None:
+def _device(device_map: DeviceMap) -> torch.device:
+    if device_map is None:
         return torch.device("cpu")
-    if not isinstance(device, str | int | torch.device):
-        raise OptionError(f"device_map must be one device for the whole model, or 'auto', not {device!r}")
-    return choose_device(f"cuda:{device}" if isinstance(device, int) else str(device))
+    if isinstance(device_map, Mapping):
+        devices = {_device(device) for device in device_map.values()}
+        if len(devices) != 1:
+            raise OptionError(f"device_map must put the whole model on one device, not {_line(device_map)}")
+        return devices.pop()
+    if not isinstance(device_map, str | int | torch.device):
+        raise OptionError(f"device_map must be a device, a dictionary or 'auto', not {device_map!r}")
+    if device_map in _CHOICES:
+        return choose_device("auto")
+    return choose_device(f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map))
+
+
+def _check_parts(model: nn.Module, device_map: Mapping[str, Any]) -> None:
+    """Raise OptionError unless the names of `device_map` are parts of the model, and all of it."""
+    parts = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    unknown = [name for name in device_map if name not in parts]
+    if unknown:
+        raise OptionError(f"device_map names {unknown[0]!r}, which is no part of the model")
+    for name, _ in model.named_parameters():
+        if not any(part in ("", name) or name.startswith(f"{part}.") for part in device_map):
+            raise OptionError(f"device_map has no device for {name}; {{'': device}} is for the whole model")
+
+
+def _line(device_map: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name or 'all'}: {device}" for name, device in device_map.items()) or "on none"

@@ -1,13 +1,16 @@
 """Images and texts to a model's inputs in one call."""
 
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from .checkpoint import find_checkpoint
+from .checkpoint import HubOptions, find_checkpoint
 from .features import BatchFeature
 from .image_processor import BlipImageProcessor, ImageInput
 from .tokenizer import BertTokenizer
+
+_TEXT_OPTIONS: Final = frozenset(inspect.signature(BertTokenizer.__call__).parameters) - {"self", "text"}
 
 
 class BlipProcessor:
@@ -18,10 +21,14 @@ class BlipProcessor:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None
+        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, **loading: Any
     ) -> "BlipProcessor":
-        """From a directory or a hub repository. Raises CheckpointError."""
-        return cls.from_directory(find_checkpoint(pretrained_model_name_or_path, revision).directory)
+        """From a directory or a hub repository.
+
+        `loading` is as of the models; use_fast changes nothing. Raises CheckpointError, OptionError for other names.
+        """
+        hub = HubOptions.of(loading, without_effect=("use_fast", "trust_remote_code"))
+        return cls.from_directory(find_checkpoint(pretrained_model_name_or_path, revision, hub=hub).directory)
 
     @classmethod
     def from_directory(cls, directory: Path) -> "BlipProcessor":
@@ -38,31 +45,26 @@ class BlipProcessor:
         images: ImageInput | Sequence[ImageInput] | None = None,
         text: str | Sequence[str] | None = None,
         *,
-        padding: bool | str = False,
-        truncation: bool = False,
-        max_length: int | None = None,
         return_tensors: str | None = None,
-        **image_options: Any,
+        **options: Any,
     ) -> BatchFeature:
         """`pixel_values` (B, 3, H, W) of `images`, `input_ids` and `attention_mask` (B, T) of `text`.
 
-        See BlipImageProcessor and BertTokenizer for the arguments. Raises ValueError when there is neither an image nor
-        a text, TypeError for an argument that neither has, InputError for what is no image or no text.
+        `options` are those of BlipImageProcessor and BertTokenizer: padding, truncation, do_resize and so on. Raises
+        ValueError when there is neither an image nor a text, TypeError for an argument that neither has, InputError for
+        what is no image or no text.
         """
         if images is None and text is None:
             raise ValueError("You have to specify either images or text")
-        unknown = [name for name in image_options if name not in self.image_processor.to_dict()]
+        text_options = {name: options.pop(name) for name in _TEXT_OPTIONS & options.keys()}
+        unknown = [name for name in options if name not in self.image_processor.to_dict()]
         if unknown:
             raise TypeError(f"BlipProcessor has no argument {unknown[0]!r}")
         features = BatchFeature()
         if text is not None:
-            features.update(
-                self.tokenizer(
-                    text, padding=padding, truncation=truncation, max_length=max_length, return_tensors=return_tensors
-                )
-            )
+            features.update(self.tokenizer(text, return_tensors=return_tensors, **text_options))
         if images is not None:
-            features.update(self.image_processor(images, return_tensors=return_tensors, **image_options))
+            features.update(self.image_processor(images, return_tensors=return_tensors, **options))
         return features
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:

@@ -4,15 +4,16 @@ Source: Devlin et al. 2018, https://arxiv.org/abs/1810.04805; WordPiece is Wu et
 """
 
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 from torch import Tensor
 
-from .checkpoint import find_checkpoint
+from .checkpoint import HubOptions, find_checkpoint
 from .errors import CheckpointError, InputError
 from .features import BatchFeature, as_features
 
@@ -24,6 +25,9 @@ SPECIAL_TOKENS = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
+#: What `padding` and `truncation` may be. With one text in a row, all ways to truncate are the same.
+_PADDINGS: Final = {False: None, "do_not_pad": None, True: "longest", "longest": "longest", "max_length": "max_length"}
+_TRUNCATIONS: Final = {False: False, "do_not_truncate": False, True: True, "longest_first": True, "only_first": True}
 
 
 def wordpiece(vocab: dict[str, int], lowercase: bool = True) -> Tokenizer:
@@ -60,10 +64,14 @@ class BertTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None
+        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, **loading: Any
     ) -> "BertTokenizer":
-        """From a directory or a hub repository. Raises CheckpointError."""
-        return cls.from_directory(find_checkpoint(pretrained_model_name_or_path, revision).directory)
+        """From a directory or a hub repository.
+
+        `loading` is as of the models; use_fast changes nothing. Raises CheckpointError, OptionError for other names.
+        """
+        hub = HubOptions.of(loading, without_effect=("use_fast", "trust_remote_code"))
+        return cls.from_directory(find_checkpoint(pretrained_model_name_or_path, revision, hub=hub).directory)
 
     @classmethod
     def from_directory(cls, directory: Path) -> "BertTokenizer":
@@ -103,50 +111,81 @@ class BertTokenizer:
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def encode_rows(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        """[CLS] words [SEP] of every text, unpadded.
+    def encode_rows(
+        self, texts: Sequence[str], limit: int | None = None, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """[CLS] words [SEP] of every text, or its words alone, unpadded.
 
         InputError when one has more than `limit` tokens or is no text (half of a surrogate pair is none).
         """
         for text in texts:
             if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
                 raise InputError(f"{text!r:.60} is no Unicode text")
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        rows = [
+            encoding.ids
+            for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        ]
         for text, row in zip(texts, rows, strict=True):
             if limit is not None and len(row) > limit:
                 raise InputError(f"text of {len(row)} tokens is longer than {limit}: {text[:60]!r}…")
         return rows
 
-    def __call__(
+    def __call__(  # noqa: PLR0913  # transformers' arguments
         self,
         text: str | Sequence[str],
         *,
+        add_special_tokens: bool = True,
         padding: bool | str = False,
-        truncation: bool = False,
+        truncation: bool | str | None = None,
         max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
         return_tensors: str | None = None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
     ) -> BatchFeature:
         """Encode one text or several to `input_ids` and `attention_mask` (B, T).
 
-        `padding`: False, True or "longest" (to the longest), "max_length". `truncation` cuts to `max_length`
-        (default: the model's), [SEP] kept. One text without `return_tensors` gives flat lists. Raises InputError for
-        what is no text, ValueError for rows of different lengths where tensors are asked for.
+        `padding`: False, True or "longest" (to the longest), "max_length", on the `padding_side` "right" or "left", to
+        a width that `pad_to_multiple_of` divides. `truncation` (True, "longest_first", "only_first") cuts to
+        `max_length` (default: the model's), [SEP] kept; `max_length` alone, without padding, cuts too. Without
+        `add_special_tokens` there is no [CLS] and no [SEP]. `return_token_type_ids` adds zeros, for other models. One
+        text without `return_tensors` ("pt" or "np") gives flat lists. Raises InputError for what is no text and for
+        values that are not named here, ValueError for rows of different lengths where tensors are asked for.
         """
+        if truncation is None and padding is False and max_length is not None:
+            truncation = True  # as in transformers
+        to, cut = _named("padding", padding, _PADDINGS), _named("truncation", truncation or False, _TRUNCATIONS)
+        if max_length is not None and to == "longest" and not cut:
+            warnings.warn("max_length does nothing without truncation=True or padding='max_length'", stacklevel=2)
+        limit = self.model_max_length if max_length is None else max_length
+        if cut and to and pad_to_multiple_of and limit % pad_to_multiple_of:
+            raise InputError(f"pad_to_multiple_of {pad_to_multiple_of} does not divide the max_length {limit}")
         alone = isinstance(text, str)
-        rows = self.encode_rows([text] if isinstance(text, str) else text)
-        limit = max_length or self.model_max_length
-        if truncation:
-            rows = [row if len(row) <= limit else [*row[: limit - 1], self.sep_token_id] for row in rows]
-        widest = max((len(row) for row in rows), default=0)
-        widths = {False: 0, "do_not_pad": 0, True: widest, "longest": widest, "max_length": limit}
-        if padding not in widths:
-            raise InputError(f"padding must be True, False, 'longest' or 'max_length', not {padding!r}")
-        width = widths[padding]
-        ids = [row + [self.pad_token_id] * (width - len(row)) for row in rows]
-        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        rows = self.encode_rows([text] if isinstance(text, str) else text, add_special_tokens=add_special_tokens)
+        if cut:
+            rows = self._cut(rows, limit, add_special_tokens)
+        widest = limit if to == "max_length" else max((len(row) for row in rows), default=0)
+        width = -(-widest // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1) if to else 0
+        left = _named("padding_side", padding_side or "right", {"left": True, "right": False})
+        columns = {
+            "input_ids": [_padded(row, self.pad_token_id, width, left) for row in rows],
+            "token_type_ids": [[0] * max(width, len(row)) for row in rows] if return_token_type_ids else None,
+            "attention_mask": [_padded([1] * len(row), 0, width, left) for row in rows],
+        }
+        if return_attention_mask is False:
+            del columns["attention_mask"]
+        kept = {name: column for name, column in columns.items() if column is not None}
         if alone and return_tensors is None:
-            return BatchFeature(input_ids=ids[0], attention_mask=mask[0])
-        return as_features({"input_ids": ids, "attention_mask": mask}, return_tensors)
+            return BatchFeature({name: column[0] for name, column in kept.items()})
+        return as_features(kept, return_tensors)
+
+    def _cut(self, rows: list[list[int]], limit: int, special: bool) -> list[list[int]]:
+        least = 2 if special else 1
+        if limit < least:
+            raise InputError(f"max_length must be {least} or more to hold a text, not {limit}")
+        end = [self.sep_token_id] if special else []
+        return [row if len(row) <= limit else [*row[: limit - len(end)], *end] for row in rows]
 
     def decode(self, token_ids: int | Iterable[int] | Tensor, skip_special_tokens: bool = False) -> str:
         """The text of (T,) ids; ids outside the vocabulary, [DEC] and [ENC] in BLIP, leave no trace."""
@@ -156,6 +195,18 @@ class BertTokenizer:
     def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
         """The texts of (B, T) ids."""
         return [self.decode(sequence, skip_special_tokens) for sequence in sequences]
+
+
+def _named(name: str, value: Any, values: dict[Any, Any]) -> Any:
+    """What `value` stands for. Raises InputError for one that stands for nothing."""
+    if value not in values:
+        raise InputError(f"{name} must be {', '.join(repr(each) for each in values)}, not {value!r}")
+    return values[value]
+
+
+def _padded(row: list[int], filler: int, width: int, left: bool) -> list[int]:
+    rest = [filler] * (width - len(row))
+    return rest + row if left else row + rest
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -119,13 +119,39 @@ class TestLoading:
         assert answer.model.device.type == "cpu"
 
 
+WHOLE = ("vision_model", "text_encoder", "text_decoder.bert", "text_decoder.cls")
+
+
+@pytest.mark.parametrize(
+    "device",
+    [{"": "cpu"}, dict.fromkeys(WHOLE, "cpu"), {"": torch.device("cpu"), "text_decoder": "cpu"}, "auto", "balanced",
+     "sequential", torch.device("cpu")],
+    ids=str,
+)  # fmt: skip
+def test_device_maps_of_one_device(places: dict[str, Path], device: Any) -> None:
+    model = BlipForQuestionAnswering.from_pretrained(places["vqa"], device_map=device)
+    if not isinstance(device, str):
+        assert model.device == torch.device("cpu")
+    theirs = transformers.BlipForQuestionAnswering.from_pretrained(places["vqa"])
+    assert all(value.equal(theirs.state_dict()[name]) for name, value in model.cpu().state_dict().items())
+
+
 class TestFaults:
     @pytest.mark.parametrize(
         ("device", "fault"),
         [
-            ("balanced", "device 'balanced' is unknown; use auto, cpu, cuda"),
+            ("gpu", "device 'gpu' is unknown; use auto, cpu, cuda"),
             (99, "device 'cuda:99' is not here: torch sees"),
-            ({"text_decoder": 0}, "must be one device for the whole model, or 'auto', not {'text_decoder': 0}"),
+            (["cpu"], "device_map must be a device, a dictionary or 'auto', not .'cpu'."),
+            ({"": 0}, "device 'cuda:0' is not here"),
+            ({"": "disk"}, "device 'disk' is unknown"),
+            ({"text_decoder": "cpu"}, "device_map has no device for vision_model.embeddings.class_embedding; {'': dev"),
+            ({"": "cpu", "text_model": "cpu"}, "device_map names 'text_model', which is no part of the model"),
+            (
+                {"vision_model": "cpu", "text_decoder": "meta"},
+                "on one device, not vision_model: cpu, text_decoder: met",
+            ),
+            ({}, "on one device, not on none"),
         ],
     )
     def test_devices(self, places: dict[str, Path], device: Any, fault: str) -> None:

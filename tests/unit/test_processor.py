@@ -21,6 +21,10 @@ CALLS: list[dict[str, Any]] = [
     {"text": TWO, "padding": "longest", "return_tensors": "np"},
     {"text": TWO, "padding": "max_length", "max_length": 9, "return_tensors": "pt"},
     {"text": TWO, "padding": True, "truncation": True, "max_length": 5, "return_tensors": "pt"},
+    {"text": TWO, "padding": True, "pad_to_multiple_of": 8, "return_tensors": "pt"},
+    {"text": TWO, "max_length": 4},
+    {"text": TWO, "padding": True, "padding_side": "left", "return_tensors": "np", "return_attention_mask": False},
+    {"text": "a dog", "add_special_tokens": False, "truncation": "only_first", "max_length": 1},
     {"images": IMAGE, "return_tensors": "pt"},
     {"images": [IMAGE, IMAGE.rotate(90)], "return_tensors": "np"},
     {"images": IMAGE, "text": TWO, "padding": True, "return_tensors": "pt"},
@@ -50,7 +54,7 @@ def test_features(processors: tuple[BlipProcessor, Any], call: dict[str, Any]) -
 
 def test_an_unknown_argument_is_named_not_passed_over(processors: tuple[BlipProcessor, Any]) -> None:
     for given in ({"text": "a dog"}, {"images": IMAGE}, {"images": IMAGE, "text": "a dog"}):
-        with pytest.raises(TypeError, match="BlipProcessor has no argument 'pad_to_multiple_of'"):
-            processors[0](**given, pad_to_multiple_of=8)
+        with pytest.raises(TypeError, match="BlipProcessor has no argument 'stride'"):
+            processors[0](**given, stride=8)
     with pytest.raises(ValueError, match="either images or text"):
         processors[0]()

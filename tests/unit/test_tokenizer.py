@@ -2,6 +2,7 @@
 
 import json
 import string
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def ours(folder: Path) -> BertTokenizer:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return Theirs.from_pretrained(folder)
+    return Theirs.from_pretrained(folder, model_max_length=512)
 
 
 def assert_same(ours: BertTokenizer, theirs: Any, text: Any, **options: Any) -> None:
@@ -82,6 +83,41 @@ class TestEncoding:
         limit = max_length if truncation or padding == "max_length" else None
         assert_same(ours, theirs, texts, padding=padding, truncation=truncation, max_length=limit)
 
+    @settings(max_examples=150, deadline=None)
+    @given(
+        texts=st.lists(ANY_TEXT, min_size=1, max_size=4),
+        padding=st.sampled_from([False, True, "max_length"]),
+        truncation=st.sampled_from([None, False, True, "longest_first", "only_first", "do_not_truncate"]),
+        max_length=st.none() | st.integers(2, 40),
+        options=st.fixed_dictionaries({
+            "add_special_tokens": st.booleans(),
+            "pad_to_multiple_of": st.sampled_from([None, 1, 4, 8]),
+            "padding_side": st.sampled_from([None, "left", "right"]),
+            "return_attention_mask": st.sampled_from([None, True, False]),
+        }),
+    )  # fmt: skip
+    def test_any_other_arguments(
+        self, ours: BertTokenizer, theirs: Any, texts: list[str], padding: Any, truncation: Any, max_length: int | None,
+        options: dict[str, Any],
+    ) -> None:  # fmt: skip
+        given = {"padding": padding, "truncation": truncation, "max_length": max_length, **options}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                assert_same(ours, theirs, texts, **given)
+            except InputError:
+                with pytest.raises(InputError, match="does not divide the max_length"):
+                    ours(texts, **given)
+                with pytest.raises(ValueError, match="not a multiple of pad_to_multiple_of"):
+                    theirs(texts, **given)
+        assert len(caught) in (0, 2)  # an idle max_length: both say it, or neither
+
+    def test_token_types(self, ours: BertTokenizer, theirs: Any) -> None:
+        options = {"padding": True, "return_tensors": "pt", "return_token_type_ids": True}
+        mine, other = ours(TEXTS[:3], **options), theirs(TEXTS[:3], **options)
+        assert list(mine) == list(other)
+        assert all(mine[name].equal(other[name]) for name in mine)
+
     @pytest.mark.parametrize("kind", ["pt", "np"])
     def test_tensors(self, ours: BertTokenizer, theirs: Any, kind: str) -> None:
         assert_same(ours, theirs, TEXTS, padding=True, return_tensors=kind)
@@ -93,8 +129,11 @@ class TestEncoding:
             ours(["a", "a dog"], return_tensors="pt")
         with pytest.raises(ValueError, match="return_tensors must be"):
             ours("a", return_tensors="tf")
-        with pytest.raises(InputError, match="padding must be"):
-            ours("a", padding="left")
+        for name, value in (("padding", "left"), ("truncation", "only_second"), ("padding_side", "top")):
+            with pytest.raises(InputError, match=f"{name} must be .*, not '{value}'"):
+                ours("a", **{name: value})
+        with pytest.raises(InputError, match="max_length must be 2 or more to hold a text, not 1"):
+            ours("a", max_length=1)
         with pytest.raises(InputError, match=r"text of 5 tokens is longer than 4: 'a dog sit'"):
             ours.encode_rows(["a", "a dog sit"], limit=4)
         for text in ("a \ud800", None, 3):

@@ -11,6 +11,7 @@ from .generation import Extras, Generated, Limits, Memory, Prompt, Record, gener
 from .outputs import GenerateOutput
 from .requests import GenerationOptions
 from .text import BlipTextLMHeadModel
+from .text_layers import check_ids
 
 _DEFAULT_NEW_TOKENS = 20  # what transformers generates for BLIP when no length is given
 _DEFAULT_TOP_K = 50  # its default when sampling
@@ -36,6 +37,7 @@ def decode(
     if unknown:
         raise OptionError(f"generate() has no argument {unknown[0]!r}; it has: {', '.join(_OPTIONS + _EXTRAS)}")
     wanted = {name: values.pop(name) for name in _EXTRAS if name in values}
+    check_ids(torch.tensor([token for prompt in prompts for token in prompt]), config.vocab_size)
     prompt = Prompt.of(prompts, config.pad_token_id, decoder.device)
     extras = _extras(wanted, _sampled_beams(values), values.get("num_beams", 1))
     options, limits = _options_and_limits(values, prompt.lengths, config.max_position_embeddings)

@@ -22,6 +22,7 @@ from .outputs import (
 from .pretrained import PreTrainedModel
 from .ranking import Ranking, rank
 from .text import BlipTextLMHeadModel, BlipTextModel
+from .text_layers import check_ids
 from .vision import BlipVisionModel
 
 _DECODER_TIES: Mapping[str, str] = {
@@ -204,6 +205,7 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
         """
         if not isinstance(input_ids, Tensor):
             input_ids = torch.tensor(input_ids, device=pixel_values.device)
+        check_ids(input_ids, self.config.text_config.vocab_size)
         states = self.vision_model(pixel_values, interpolate_pos_encoding).last_hidden_state
         question = self.encode_question(input_ids, attention_mask, states)
         prompts = [[self.decoder_start_token_id]] * len(question)
@@ -225,6 +227,8 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
         The answers are as the processor gives them, [CLS] words [SEP] padded on the right; a copy's first id becomes
         [BOS]. For `k`, `label_smoothing` and the scores see `ranking.rank`. Raises InputError.
         """
+        check_ids(input_ids, self.config.text_config.vocab_size)
+        check_ids(answer_ids, self.config.text_config.vocab_size, "answer_ids")
         states = self.vision_model(pixel_values, interpolate_pos_encoding).last_hidden_state
         question = self.encode_question(input_ids, attention_mask, states)
         candidates = answer_ids.clone()

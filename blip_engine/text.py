@@ -16,7 +16,9 @@ from .cache import CrossKeys, DecoderCache
 from .config import BlipTextConfig
 from .outputs import LanguageModelOutput, TextOutput
 from .pretrained import PreTrainedModel, activation, initialise_module
-from .text_layers import BlipTextEmbeddings, BlipTextEncoder, BlipTextPooler, Source
+from .text_layers import BlipTextEmbeddings, BlipTextEncoder, BlipTextPooler, Source, check_ids
+
+_IGNORED = -100  # the label of a position without a loss
 
 
 class BlipTextModel(PreTrainedModel[BlipTextConfig]):
@@ -201,7 +203,8 @@ class BlipTextLMHeadModel(PreTrainedModel[BlipTextConfig]):
 
         `labels` (B, T): the same ids, shifted here; -100 is ignored. `logits_to_keep` n > 0 computes only the last n
         positions, a tensor those it names. `reduction="none"` gives one summed loss per row. `return_logits` returns
-        only the logits without the last position (B, T - 1, vocabulary). The rest is as in `BlipTextModel`.
+        only the logits without the last position (B, T - 1, vocabulary). The rest is as in `BlipTextModel`. On a CPU
+        ids and labels outside the vocabulary raise InputError; on a GPU they end the process's use of it.
         """
         outputs = self.bert(
             input_ids,
@@ -232,12 +235,12 @@ class BlipTextLMHeadModel(PreTrainedModel[BlipTextConfig]):
 
     def language_loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         """Cross-entropy of each position's logits (B, T, vocabulary) with the next label of (B, T)."""
-        loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1),
-            labels[:, 1:].flatten().to(logits.device),
-            reduction=reduction,
-            label_smoothing=self.config.label_smoothing,
-        )
+        predicted, wanted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device)
+        try:
+            loss = F.cross_entropy(predicted, wanted, reduction=reduction, label_smoothing=self.config.label_smoothing)
+        except IndexError:  # of a CPU
+            check_ids(wanted[wanted != _IGNORED], predicted.shape[1], "labels")
+            raise
         return loss.view(len(labels), -1).sum(1) if reduction == "none" else loss
 
 

@@ -12,6 +12,13 @@ from .errors import InputError
 from .pretrained import activation
 
 
+def check_ids(ids: Tensor, words: int, name: str = "input_ids") -> None:
+    """Raise InputError for the first of the ids (·) that none of `words` words has. Waits for the device."""
+    outside = ids[(ids < 0) | (ids >= words)]
+    if len(outside):
+        raise InputError(f"{name} hold {int(outside[0])}, but the model's vocabulary is 0 to {words - 1}")
+
+
 class BlipTextEmbeddings(nn.Module):
     """Words and learned positions, normalised. There are no token types."""
 
@@ -26,13 +33,21 @@ class BlipTextEmbeddings(nn.Module):
         self, input_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None, past: int
     ) -> Tensor:
         """(B, T) ids, or their (B, T, width) embeddings, behind `past` cached tokens, to (B, T, width)."""
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        words = self._words(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             total, limit = past + words.shape[1], self.position_embeddings.num_embeddings
             if total > limit:
                 raise InputError(f"{total} tokens are more than the model's {limit} positions; shorten the text")
             position_ids = torch.arange(past, total, device=words.device)[None]
         return self.dropout(self.LayerNorm(words + self.position_embeddings(position_ids)))
+
+    def _words(self, input_ids: Tensor | None) -> Tensor:
+        try:
+            return self.word_embeddings(input_ids)
+        except IndexError:  # of a CPU. A GPU fails later and for good: generate() looks at the ids before
+            if input_ids is not None:
+                check_ids(input_ids, self.word_embeddings.num_embeddings)
+            raise
 
 
 @dataclass

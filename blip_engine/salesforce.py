@@ -47,6 +47,13 @@ _VISION_NAMES: Final = (
     (".self_attn.projection.", ".attn.proj."),
     (".layer_norm", ".norm"),
 )
+#: LAVIS's names of what converts
+_ARCHITECTURES: Final[Mapping[str, Task]] = {
+    "blip_caption": "caption",
+    "blip_vqa": "vqa",
+    "blip_retrieval": "itm",
+    "blip_image_text_matching": "itm",
+}
 _POSITIONS: Final = "vision_model.embeddings.position_embedding"
 
 
@@ -73,10 +80,11 @@ def convert(file: Path, directory: Path, image_size: int | None = None, tokenize
 
 def _read_model(file: Path, image_size: int | None, words: BertTokenizer) -> TaskModel:
     saved = read_pickle(file)
+    said = _said_task(saved)
     if isinstance(saved, dict) and isinstance(saved.get("model"), dict):
         saved = saved["model"]  # beside the optimizer's state
     given = {name: value for name, value in as_tensors(file, saved).items() if not _IGNORED.match(name)}
-    kind = MODEL_CLASSES[_task(file, given)]
+    kind = MODEL_CLASSES[said or _task(file, given)]
     config = _config(file, given)
     _take_tokens(config.text_config, words)
     tensors = _renamed(file, kind, config, given)
@@ -87,6 +95,13 @@ def _read_model(file: Path, image_size: int | None, words: BertTokenizer) -> Tas
     model.load_state_dict(tensors, assign=True)
     model.tie_weights({alias: name for alias, name in kind.tied_weights.items() if tensors[alias] is tensors[name]})
     return model.eval()
+
+
+def _said_task(saved: Any) -> Task | None:
+    """What LAVIS's configuration beside the weights says, if it is there: a frozen tower may be missing in these."""
+    for key in ("config", "model", "arch"):
+        saved = saved.get(key) if isinstance(saved, Mapping) else None
+    return _ARCHITECTURES.get(saved) if isinstance(saved, str) else None
 
 
 def _task(file: Path, given: Mapping[str, Tensor]) -> Task:

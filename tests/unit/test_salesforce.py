@@ -142,6 +142,18 @@ class TestConversion:
         path = file({"model": their_tensors(truth)}, _use_new_zipfile_serialization=False)
         same(convert(path, tmp_path / "out", tokenizer=words), truth)
 
+    @pytest.mark.parametrize(
+        ("task", "arch"),
+        [("caption", "blip_caption"), ("vqa", "blip_vqa"), ("itm", "blip_retrieval"),
+         ("itm", "blip_image_text_matching"), ("vqa", "my_own_model"), ("vqa", None)],
+    )  # fmt: skip
+    def test_files_of_lavis_runner(self, task: Task, arch: Any, tmp_path: Path, words: Path, file: Any) -> None:
+        model = small(task)
+        saved = {"model": their_tensors(model), "config": {"model": {"arch": arch}}, "optimizer": {}, "scaler": None}
+        made = convert(file(saved), tmp_path / "out", tokenizer=words)
+        assert type(made) is type(model)
+        assert all(value.equal(made.state_dict()[name]) for name, value in model.state_dict().items())
+
 
 class TestImageSize:
     def test_positions_are_interpolated_as_blip_does(self, tmp_path: Path, words: Path, file: Any) -> None:
@@ -234,6 +246,14 @@ class TestRefusals:
         tensors = their_tensors(small("itm"))
         kept = {name: value for name, value in tensors.items() if not name.startswith("visual_encoder.")}
         self.refused(file({"model": kept}), tmp_path, words, r"missing: visual_encoder\.cls_token.*LAVIS leaves")
+
+    def test_a_frozen_question_encoder_is_missed_where_lavis_says_what_the_model_is(
+        self, tmp_path: Path, words: Path, file: Any
+    ) -> None:
+        """Without it the file has a captioner's tensors, in small: decoders of both are of one width here."""
+        tensors = {k: v for k, v in their_tensors(small("vqa")).items() if not k.startswith("text_encoder.")}
+        saved = {"model": tensors, "config": {"model": {"arch": "blip_vqa"}, "run": {}}, "epoch": 3}
+        self.refused(file(saved), tmp_path, words, r"\d+ missing: text_encoder\.embeddings\..*LAVIS leaves frozen")
 
     @pytest.mark.parametrize(
         ("change", "match"),

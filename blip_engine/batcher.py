@@ -20,12 +20,8 @@ class Batchable(Protocol):
         """Entries of equal groups may share a batch."""
 
     @property
-    def weight(self) -> int:
-        """How many rows of the batch it takes."""
-
-    @property
     def capacity(self) -> int:
-        """How many rows a batch of its group has."""
+        """How many entries a batch of its group has."""
 
 
 EntryT = TypeVar("EntryT", bound=Batchable)
@@ -72,17 +68,13 @@ class Batcher(Generic[EntryT]):
 
     def _time_left(self, queue: deque[tuple[float, EntryT]]) -> float:
         first = queue[0][1]
-        if self._closed or sum(entry.weight for _, entry in queue) >= first.capacity:
+        if self._closed or len(queue) >= first.capacity:
             return 0.0
         return queue[-1][0] + self._patience - time.monotonic()
 
     def _cut(self, group: Hashable) -> list[EntryT]:
         queue = self._groups[group]
-        batch = [queue.popleft()[1]]
-        room = batch[0].capacity - batch[0].weight
-        while queue and queue[0][1].weight <= room:
-            batch.append(queue.popleft()[1])
-            room -= batch[-1].weight
+        batch = [queue.popleft()[1] for _ in range(min(len(queue), queue[0][1].capacity))]
         if not queue:
             del self._groups[group]
         return batch

@@ -70,10 +70,6 @@ class _Entry:
         request = self.prepared.request
         return request.model, request.task, request.options, bool(request.candidates)
 
-    @property
-    def weight(self) -> int:
-        return len(self.prepared.tokens)
-
 
 class Engine:
     """Holds models on a device and serves requests for all of them from one queue.
@@ -139,7 +135,7 @@ class Engine:
         future.set_running_or_notify_cancel()  # a cancelled one would refuse its result and end the engine's thread
         try:
             runner = self._runner(request.model, request.task)
-            entry = _Entry(runner.prepare(request), future, runner.resident.shapes.texts)
+            entry = _Entry(runner.prepare(request), future, runner.resident.shapes.groups)
         except InputError as error:  # this request is settled; nothing was queued
             future.set_exception(error)
             return future

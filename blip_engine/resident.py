@@ -1,13 +1,15 @@
 """A checkpoint held on the device, ready to run: the weights cast once, and the arithmetic of one batch.
 
 **Batch invariance.** Floating-point sums depend on the shapes of the matrices they are part of. So every stage runs on
-batches of one fixed shape, filled up with blank rows that nobody reads: `Shapes.images` images, `Shapes.texts` texts
-of a length rounded up to a multiple of LENGTH_STEP (a text's own length decides, not its neighbours'). Rows never mix,
-so a row's result is bit for bit the same alone, in a crowd and at any place in it.
+batches of one fixed shape, filled up with blank rows that nobody reads: `Shapes.images` images, or `Shapes.groups`
+groups of texts. A group are the texts of one request, which share their image's keys and values; their number is
+rounded up to a power of two, their length to a multiple of LENGTH_STEP. So a request's own texts decide the shape, not
+its neighbours', and rows never mix: its results are bit for bit the same alone, in a crowd and at any place in it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any, Final, Generic, TypeVar, cast
 
 import numpy as np
@@ -24,10 +26,12 @@ from .requests import Task
 from .text import BlipTextModel
 from .text_layers import BlipTextLayer
 
-LENGTH_STEP: Final = 8  # tokens
+LENGTH_STEP: Final = 16  # tokens: wide enough that most questions share one width, and with it their batches
+MOST_IN_GROUP: Final = 8  # texts; further ones of a request make another group
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 TaskModel = BlipForConditionalGeneration | BlipForQuestionAnswering | BlipForImageTextRetrieval
+ValueT = TypeVar("ValueT")
 ModelT = TypeVar("ModelT", BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval)
 
 MODEL_CLASSES: Final[dict[Task, type[TaskModel]]] = {
@@ -42,7 +46,7 @@ class Shapes:
     """The fixed batch sizes of a resident model."""
 
     images: int  # of the vision tower
-    texts: int  # of the text towers: a multiple of `images`, for decoding gains more from a large batch
+    groups: int  # of texts; also how many requests run together: more than `images`, for decoding gains more from it
 
     @classmethod
     def fitting(cls, tokens_per_image: int, device: torch.device) -> "Shapes":
@@ -51,9 +55,13 @@ class Shapes:
         images = 1 << max(2, (budget // tokens_per_image).bit_length() - 1)
         return cls(images, images * factor)
 
+    def groups_of(self, size: int) -> int:
+        """How many groups of `size` texts a batch has: fewer large ones, so that few requests need not fill many rows."""
+        return max(1, self.groups * 4 // max(4, size))
+
     def halved(self) -> "Shapes":
         """For a device that ran out of memory; never below one."""
-        return Shapes(max(1, self.images // 2), max(1, self.texts // 2))
+        return Shapes(max(1, self.images // 2), max(1, self.groups // 2))
 
 
 @dataclass(frozen=True)
@@ -66,13 +74,23 @@ class ImageStates:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Texts of one padded length, filled up to the fixed number."""
+    """Groups of texts of one padded length and size, filled up with blank texts to the fixed shape."""
 
-    rows: list[int]  # which texts of the step these are; the blank ones are not listed
-    tokens: list[Sequence[int]]  # of the texts listed
-    images: Tensor  # (texts,) the image each belongs to
-    ids: Tensor  # (texts, T)
-    mask: Tensor  # (texts, T), 1 for tokens
+    texts: list[int]  # which texts of the step these are, without the blank ones
+    rows: list[int]  # the row that each of them has
+    tokens: list[Sequence[int]]  # theirs
+    owners: list[int]  # (groups,) the image that each group is about; the blank groups' is the first
+    ids: Tensor  # (groups * size, T)
+    mask: Tensor  # (groups * size, T), 1 for tokens
+
+    @property
+    def size(self) -> int:
+        """Texts in a group."""
+        return len(self.ids) // len(self.owners)
+
+    def listed(self, values: Sequence[ValueT]) -> list[ValueT]:
+        """Of values for all rows those of the texts."""
+        return [values[row] for row in self.rows]
 
 
 class ResidentModel(Generic[ModelT]):
@@ -143,33 +161,61 @@ class ResidentModel(Generic[ModelT]):
         split = [split_heads(part, heads) for part in parts]
         return list(zip(split[::2], split[1::2], strict=True))
 
-    def text_batches(self, token_rows: Sequence[Sequence[int]], images: Sequence[int], left: bool) -> list[TextBatch]:
-        """Sort texts into batches of the fixed shapes. `left`: pad on the left, for a decoder's prompt."""
-        by_width: dict[int, list[int]] = {}
-        for index, row in enumerate(token_rows):
-            width = 1 if len(row) == 1 else -(-len(row) // LENGTH_STEP) * LENGTH_STEP
-            by_width.setdefault(width, []).append(index)
-        size = self.shapes.texts
+    def text_batches(self, token_rows: Sequence[Sequence[int]], owners: Sequence[int], left: bool) -> list[TextBatch]:
+        """Sort texts into batches of the fixed shapes.
+
+        `owners` are the images that the texts are about; texts of one image stand together. `left`: pad on the left,
+        for a decoder's prompt.
+        """
+        buckets: dict[tuple[int, int], list[list[int]]] = {}
+        for _, members in groupby(range(len(token_rows)), key=owners.__getitem__):
+            for group in batched(members, MOST_IN_GROUP):
+                longest = max(len(token_rows[text]) for text in group)
+                width = 1 if longest == 1 else -(-longest // LENGTH_STEP) * LENGTH_STEP
+                buckets.setdefault((width, 1 << (len(group) - 1).bit_length()), []).append(group)
         return [
-            self._text_batch(rows[start : start + size], width, token_rows, images, left)
-            for width, rows in by_width.items()
-            for start in range(0, len(rows), size)
+            self._text_batch(groups, bucket, token_rows, owners, left)
+            for bucket, every in buckets.items()
+            for groups in batched(every, self.shapes.groups_of(bucket[1]))
         ]
 
     def _text_batch(
-        self, rows: list[int], width: int, token_rows: Sequence[Sequence[int]], images: Sequence[int], left: bool
+        self,
+        groups: list[list[int]],
+        bucket: tuple[int, int],
+        token_rows: Sequence[Sequence[int]],
+        owners: Sequence[int],
+        left: bool,
     ) -> TextBatch:
-        ids = np.full((self.shapes.texts, width), self.model.config.text_config.pad_token_id, dtype=np.int64)
+        width, size = bucket
+        number = self.shapes.groups_of(size)
+        ids = np.full((number * size, width), self.model.config.text_config.pad_token_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         mask[:, -1 if left else 0] = 1  # a blank text sees one token, so that nothing in it is undefined
-        owners = np.zeros(self.shapes.texts, dtype=np.int64)
-        for place, index in enumerate(rows):
-            tokens = token_rows[index]
+        rows = [place * size + n for place, group in enumerate(groups) for n in range(len(group))]
+        texts = [text for group in groups for text in group]
+        for row, text in zip(rows, texts, strict=True):
+            tokens = token_rows[text]
             span = slice(width - len(tokens), width) if left else slice(0, len(tokens))
-            ids[place, span], mask[place, span], owners[place] = tokens, 1, images[index]
-        ids_, mask_, owners_ = (torch.from_numpy(array).to(self.device) for array in (ids, mask, owners))
-        return TextBatch(rows, [token_rows[index] for index in rows], owners_, ids_, mask_)
+            ids[row, span], mask[row, span] = tokens, 1
+        images = [owners[group[0]] for group in groups] + [0] * (number - len(groups))
+        ids_, mask_ = (torch.from_numpy(array).to(self.device) for array in (ids, mask))
+        return TextBatch(texts, rows, [token_rows[text] for text in texts], images, ids_, mask_)
 
-    def cross_of(self, encoded: ImageStates, images: Tensor) -> CrossKeys:
-        """Keys and values of the image of every text, (texts, heads, S, hs) per layer."""
-        return [(key.index_select(0, images), value.index_select(0, images)) for key, value in encoded.cross]
+    def of_groups(self, values: Tensor, batch: TextBatch) -> Tensor:
+        """Rows (groups, ...) of values (images, ...), not copied where neighbouring groups are about neighbouring images."""
+        first, number = batch.owners[0], len(batch.owners)
+        if batch.owners == list(range(first, first + number)):
+            return values[first : first + number]
+        return values.index_select(0, torch.tensor(batch.owners, device=values.device))
+
+    def keys_of_groups(self, keys: CrossKeys, batch: TextBatch) -> CrossKeys:
+        """Keys and values (groups, heads, S, hs) per layer of what each group is about."""
+        return [(self.of_groups(key, batch), self.of_groups(value, batch)) for key, value in keys]
+
+
+def batched(values: Iterable[ValueT], size: int) -> Iterator[list[ValueT]]:
+    """Lists of `size` of them, the last one perhaps shorter."""
+    rest = iter(values)
+    while part := list(islice(rest, size)):
+        yield part

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Generic, TypeVar, cast
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class _Stage:
     batch: Sequence[Prepared]
     encoded: ImageStates
     texts: TextBatch
-    cross: CrossKeys  # of the image of every text
+    cross: CrossKeys  # of the image of every group
 
     @property
     def options(self) -> Options:
@@ -111,8 +111,8 @@ class Runner(ABC, Generic[ModelT]):
         rows = [tokens for entry in batch for tokens in entry.tokens]
         results: dict[int, Result] = {}
         for texts in self.resident.text_batches(rows, owners, left=self.pads_left):
-            found = self._run_texts(_Stage(batch, encoded, texts, self.resident.cross_of(encoded, texts.images)))
-            results.update(zip(texts.rows, found, strict=False))  # the blank texts' results are dropped
+            cross = self.resident.keys_of_groups(encoded.cross, texts)
+            results.update(zip(texts.texts, self._run_texts(_Stage(batch, encoded, texts, cross)), strict=True))
         flat = (results[index] for index in range(len(rows)))
         return [list(islice(flat, len(entry.tokens))) for entry in batch]
 
@@ -120,7 +120,7 @@ class Runner(ABC, Generic[ModelT]):
 
     @abstractmethod
     def _run_texts(self, stage: _Stage) -> Sequence[Result]:
-        """Results of a batch of texts, the blank ones at the end included or not."""
+        """Results of a batch of texts, without the blank ones, in order."""
 
 
 GeneratingT = TypeVar("GeneratingT", BlipForConditionalGeneration, BlipForQuestionAnswering)
@@ -157,7 +157,7 @@ class CaptionRunner(_Generating[BlipForConditionalGeneration]):
         generated = self._generate(prompt, Memory(None, None, stage.cross), stage)
         return [
             self._caption(prompt_ids, hypotheses)
-            for prompt_ids, hypotheses in zip(texts.tokens, _hypotheses(generated, len(texts.rows)), strict=True)
+            for prompt_ids, hypotheses in zip(texts.tokens, texts.listed(_hypotheses(generated)), strict=True)
         ]
 
     def _caption(self, prompt: Sequence[int], hypotheses: list[tuple[tuple[int, ...], float]]) -> Caption:
@@ -187,7 +187,7 @@ class AnswerRunner(_Generating[BlipForQuestionAnswering]):
             return self._choose(memory, stage)
         bos = torch.full((len(texts.ids), 1), self._text_config.bos_token_id, device=self.resident.device)
         generated = self._generate(Prompt(bos, None), memory, stage)
-        return [self._answer(hypotheses) for hypotheses in _hypotheses(generated, len(texts.rows))]
+        return [self._answer(hypotheses) for hypotheses in texts.listed(_hypotheses(generated))]
 
     def _answer(self, hypotheses: list[tuple[tuple[int, ...], float]]) -> Answer:
         ranking = tuple((self._decode(ids), score) for ids, score in hypotheses)
@@ -196,11 +196,16 @@ class AnswerRunner(_Generating[BlipForQuestionAnswering]):
     def _choose(self, memory: Memory, stage: _Stage) -> list[Result]:
         """Rank every question's candidates as `ranking.rank` does, but in batches of the fixed shapes."""
         owners = [entry for entry in stage.batch for _ in entry.tokens]
-        asked = [owners[index] for index in stage.texts.rows]
+        asked = [owners[text] for text in stage.texts.texts]
         memory = with_keys(self.resident.model.text_decoder, memory)
-        likely = self._likely(memory, asked, stage.options)
+        likely = self._likely(memory, stage.texts.rows, asked, stage.options)
         scores = self._scores(
-            memory, [(row, asked[row].candidates[n]) for row, chosen in enumerate(likely) for n in chosen]
+            memory,
+            [
+                (row, entry.candidates[n])
+                for row, entry, chosen in zip(stage.texts.rows, asked, likely, strict=True)
+                for n in chosen
+            ],
         )
         results: list[Result] = []
         for entry, chosen in zip(asked, likely, strict=True):
@@ -209,12 +214,14 @@ class AnswerRunner(_Generating[BlipForQuestionAnswering]):
             results.append(Answer(*ranking[0], ranking))
         return results
 
-    def _likely(self, memory: Memory, asked: Sequence[Prepared], options: Options) -> list[list[int]]:
+    def _likely(
+        self, memory: Memory, rows: Sequence[int], asked: Sequence[Prepared], options: Options
+    ) -> list[list[int]]:
         """Of every question the candidates worth reading: those whose first wordpieces are the likeliest."""
         most = options.rank_candidates if isinstance(options, AnswerOptions) else 1
         chances = first_token_chances(self.resident.model.text_decoder, memory, self._text_config.bos_token_id)
         found = []
-        for row, entry in enumerate(asked):
+        for row, entry in zip(rows, asked, strict=True):
             first = torch.tensor([ids[1] for ids in entry.candidates], device=chances.device)
             found.append(chances[row, first].argsort(descending=True, stable=True)[:most].tolist())
         return found
@@ -224,12 +231,13 @@ class AnswerRunner(_Generating[BlipForQuestionAnswering]):
         scores = [0.0] * len(pairs)
         rows, questions = [ids for _, ids in pairs], [question for question, _ in pairs]
         for batch in self.resident.text_batches(rows, questions, left=False):
-            mask = None if memory.mask is None else memory.mask.index_select(0, batch.images)
-            keys = [tuple(part.index_select(0, batch.images) for part in pair) for pair in memory.keys or []]
-            chosen = Memory(None, mask, cast(CrossKeys, keys))
-            found = answer_scores(self.resident.model.text_decoder, chosen, batch.ids, LABEL_SMOOTHING)
-            for index, score in zip(batch.rows, found.tolist(), strict=False):  # the blank ones' are dropped
-                scores[index] = score
+            keys = self.resident.keys_of_groups(memory.keys or [], batch)
+            mask = None if memory.mask is None else self.resident.of_groups(memory.mask, batch)
+            found = answer_scores(
+                self.resident.model.text_decoder, Memory(None, mask, keys), batch.ids, LABEL_SMOOTHING
+            )
+            for pair, score in zip(batch.texts, batch.listed(found.tolist()), strict=True):
+                scores[pair] = score
         return iter(scores)
 
 
@@ -244,11 +252,12 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
         ids = self._opened(texts, stage.options)
         fused = model.text_encoder(ids, texts.mask, past_key_values=cache).last_hidden_state
         logits = model.itm_head(fused[:, 0]).float()
-        first = stage.encoded.states[:, :1].index_select(0, texts.images)  # before projecting: a fixed number of rows
-        images = model.project_image(first).float()
+        # The class tokens before projecting: a fixed number of rows.
+        first = self.resident.of_groups(stage.encoded.states[:, :1], texts)
+        images = model.project_image(first).float().repeat_interleave(texts.size, 0)
         similarity = (images * self._project_texts(texts)).sum(-1)
         columns = logits.softmax(-1)[:, 1], similarity, logits[:, 1]
-        return [Match(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        return [Match(*row) for row in texts.listed(torch.stack(columns, 1).tolist())]
 
     def _project_texts(self, texts: TextBatch) -> Tensor:
         model = self.resident.model
@@ -267,8 +276,8 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
         """Unit vectors (N, projection) float32. Raises InputError for a text that is too long."""
         rows = self._tokenise(texts, options)
         vectors = torch.empty(len(rows), self.resident.model.config.image_text_hidden_size)
-        for batch in self.resident.text_batches(rows, [0] * len(rows), left=False):
-            vectors[batch.rows] = self._project_texts(batch)[: len(batch.rows)].cpu()
+        for batch in self.resident.text_batches(rows, range(len(rows)), left=False):  # each on its own
+            vectors[batch.texts] = self._project_texts(batch)[batch.rows].cpu()
         return vectors
 
 
@@ -278,9 +287,9 @@ def runner_for(task: Task, resident: ResidentModel[ModelT]) -> "CaptionRunner | 
     return kinds[task](resident)
 
 
-def _hypotheses(generated: Generated, rows: int) -> list[list[tuple[tuple[int, ...], float]]]:
-    """Tokens and score of every sequence of the first `rows` rows."""
-    columns = (generated.tokens[:rows].tolist(), generated.lengths[:rows].tolist(), generated.scores[:rows].tolist())
+def _hypotheses(generated: Generated) -> list[list[tuple[tuple[int, ...], float]]]:
+    """Tokens and score of every sequence of every row."""
+    columns = generated.tokens.tolist(), generated.lengths.tolist(), generated.scores.tolist()
     return [
         [(tuple(tokens[:length]), score) for tokens, length, score in zip(*row, strict=True)]
         for row in zip(*columns, strict=True)
@@ -291,11 +300,11 @@ def _uniforms(options: GenerationOptions, stage: _Stage) -> Tensor:
     """The draws of every text: of its seed, image and words alone, so that batch-mates change nothing."""
     asked = [(entry.request, text) for entry in stage.batch for text in entry.request.texts]
     uniforms = torch.zeros(len(stage.texts.ids), options.num_return_sequences, options.max_new_tokens)
-    for place, index in enumerate(stage.texts.rows):
+    for row, index in zip(stage.texts.rows, stage.texts.texts, strict=True):
         request, text = asked[index]
         digest = hashlib.blake2b(request.pixels.tobytes(), digest_size=8)
         digest.update(text.encode())
         digest.update(options.seed.to_bytes(8, "little"))
         generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
-        uniforms[place] = torch.rand(uniforms.shape[1:], generator=generator)
+        uniforms[row] = torch.rand(uniforms.shape[1:], generator=generator)
     return uniforms

@@ -21,7 +21,7 @@ from .engine_process import EngineProcess
 from .loader import LoaderPool
 from .messages import Checkpoint, Failure, Run
 
-_MOST_TEXTS: Final = 64  # in one run; more rows about an image make another one
+_MOST_ROWS: Final = 64  # in one run; more rows about an image make another one
 _CHECK_SECONDS: Final = 0.5  # between two looks at whether to go on, when nothing comes in
 
 
@@ -51,11 +51,12 @@ class _Flight:
         return tuple(dict.fromkeys(text for row in self.rows for text in row.texts))
 
     def split(self) -> None:
-        """Leave in `rows` those that choose from the same answers as the first: a run has one list of them."""
+        """Leave in `rows` those of the first run: it has one list of answers to choose from, and so many rows."""
         groups: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
             groups.setdefault(row.candidates, []).append(row)
-        self.rows, *others = groups.values()
+        starts = ((rows, start) for rows in groups.values() for start in range(0, len(rows), _MOST_ROWS))
+        self.rows, *others = (rows[start : start + _MOST_ROWS] for rows, start in starts)
         self.later.extend(others)
 
 
@@ -142,12 +143,9 @@ class ChunkRun:
             if isinstance(row, BadRow):
                 self._settle(row, error_row(row, self.job.task, row.code, row.message))
                 continue
-            flight = flights.get(row.image)
-            if flight is not None and len(flight.rows) < _MOST_TEXTS:
+            if (flight := flights.get(row.image)) is not None:
                 flight.rows.append(row)
             elif (location := self._locate(row)) is not None:
-                if flight is not None:
-                    yield flight
                 flights[row.image] = _Flight(self, location, [row])
         yield from flights.values()
 

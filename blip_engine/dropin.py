@@ -19,6 +19,7 @@ _OPTIONS = (
     *("num_beams", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "length_penalty"),
     *("num_return_sequences", "max_length", "min_length", "max_new_tokens", "min_new_tokens"),
 )
+_WHOLE = ("num_beams", "top_k", "num_return_sequences", "max_length", "min_length", "max_new_tokens", "min_new_tokens")
 _RECORDED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _EXTRAS = ("early_stopping", "no_repeat_ngram_size", "return_dict_in_generate", *_RECORDED, "generator")
 
@@ -37,10 +38,14 @@ def decode(
     if unknown:
         raise OptionError(f"generate() has no argument {unknown[0]!r}; it has: {', '.join(_OPTIONS + _EXTRAS)}")
     wanted = {name: values.pop(name) for name in _EXTRAS if name in values}
+    for name, value in values.items():
+        if not isinstance(value, int if name in _WHOLE else int | float):
+            raise OptionError(f"option {name!r} must be a {'whole ' if name in _WHOLE else ''}number, not {value!r}")
     check_ids(torch.tensor([token for prompt in prompts for token in prompt]), config.vocab_size)
     prompt = Prompt.of(prompts, config.pad_token_id, decoder.device)
-    extras = _extras(wanted, _sampled_beams(values), values.get("num_beams", 1))
+    sampled_beams = _sampled_beams(values)
     options, limits = _options_and_limits(values, prompt.lengths, config.max_position_embeddings)
+    extras = _extras(wanted, sampled_beams, options.num_beams)
     uniforms = _uniforms(extras.generator, len(prompts), options, limits)
     generated = generate(decoder, prompt, memory, options, limits, uniforms, extras)
     sequences = _with_prompts(prompts, generated, config.pad_token_id)

@@ -114,14 +114,14 @@ class BlipTextVisionModelOutput(ModelOutput):
 
 @dataclass
 class BlipImageTextMatchingModelOutput(ModelOutput):
-    """Of `BlipForImageTextRetrieval`."""
+    """Of `BlipForImageTextRetrieval`. Three fields stay None, as in transformers; losses are `ImageTextObjective`'s."""
 
     itm_score: Tensor | None = None  # (B, 2) logits with the ITM head, else (images, texts) cosines
-    loss: Tensor | None = None
-    image_embeds: Tensor | None = None
+    loss: Tensor | None = None  # stays None
+    image_embeds: Tensor | None = None  # stays None
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
-    vision_pooler_output: Tensor | None = None
+    vision_pooler_output: Tensor | None = None  # stays None
     attentions: tuple[Tensor, ...] | None = None
     question_embeds: Tensor | None = None  # (B, T, text width)
 

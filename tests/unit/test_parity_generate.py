@@ -113,7 +113,17 @@ class TestFaults:
             ours.generate(images(ours), input_ids=words(3, 60))
 
     @pytest.mark.parametrize(
-        ("option", "value"), [("num_beams", 0), ("temperature", 0), ("top_p", 1.5), ("num_return_sequences", 2)]
+        ("option", "value"),
+        [
+            ("num_beams", "3"),
+            ("max_new_tokens", 2.5),
+            ("max_length", [7]),
+            ("top_p", "0.9"),
+            ("num_beams", 0),
+            ("temperature", 0),
+            ("top_p", 1.5),
+            ("num_return_sequences", 2),
+        ],
     )
     def test_values_out_of_range(self, option: str, value: float) -> None:
         ours, _ = twins("caption")

@@ -63,11 +63,11 @@ def small_config(vision: dict[str, Any] | None = None, text: dict[str, Any] | No
     }
 
 
-def liven(model: torch.nn.Module, factor: float = 8.0) -> torch.nn.Module:
+def liven(model: torch.nn.Module, factor: float = 8.0, within: str = "text") -> torch.nn.Module:
     """Scale a fresh model's text matrices, so that its logits differ enough for searches to have something to find."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "text" in name and parameter.dim() == 2:
+            if within in name and parameter.dim() == 2:
                 parameter.mul_(factor)
     return model.eval()
 

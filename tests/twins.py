@@ -1,5 +1,6 @@
 """Our models and transformers' with the same random weights."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import transformers
 from small_models import CLASSES, WORDS, liven, small_config
 from torch import Tensor
 
+import blip_engine
 from blip_engine import BlipConfig
 from blip_engine.requests import Task
 
@@ -37,6 +39,36 @@ VQA_CONFIGS = {
 def configs_for(task: Task) -> dict[str, dict[str, Any]]:
     """Configurations that transformers can run."""
     return VQA_CONFIGS if task == "vqa" else CONFIGS
+
+
+#: As wide as the published checkpoints, with few layers and words. These have 12 text heads; the default is 8.
+_BASE = {"hidden_size": 768, "intermediate_size": 1024, "num_attention_heads": 12, "num_hidden_layers": 1}
+_PATCHES = {"image_size": 48, "patch_size": 16, "initializer_range": 0.03}
+WIDE_CONFIGS: dict[str, dict[str, Any]] = {
+    "base-wide, 8 heads": small_config(_BASE | _PATCHES, _BASE | {"num_attention_heads": 8}),
+    "base-wide, 12 heads": small_config(_BASE | _PATCHES, _BASE | {"num_hidden_layers": 2}),
+    "large-wide": small_config(_BASE | _PATCHES | {"hidden_size": 1024, "num_attention_heads": 16}, _BASE),
+}
+#: Classes that are one tower, and which part of a configuration they take.
+TOWERS = {"BlipVisionModel": "vision_config", "BlipTextModel": "text_config", "BlipTextLMHeadModel": "text_config"}
+
+
+def pair(name: str, config: dict[str, Any], seed: int = 0, end: float = 0.0) -> tuple[Any, Any]:
+    """Ours and theirs of any class, by its name. `end` is added to the logit of [SEP]."""
+    torch.manual_seed(seed)
+    whole, other = BlipConfig(**config), transformers.BlipConfig(**config)
+    part = TOWERS.get(name)
+    theirs = getattr(transformers, name)(getattr(other, part) if part else other)
+    ours = getattr(blip_engine, name)(getattr(whole, part) if part else whole)
+    if name == "BlipForQuestionAnswering":  # transformers' decoder has the width of the images, not of the questions
+        answers = copy.deepcopy(other.text_config)
+        answers.encoder_hidden_size = answers.hidden_size
+        theirs.text_decoder = transformers.BlipTextLMHeadModel(answers)
+    liven(theirs, 8.0 if whole.text_config.hidden_size < 100 else 2.0, "" if part == "text_config" else "text")
+    if hasattr(theirs, "text_decoder"):
+        theirs.text_decoder.cls.predictions.bias.data[SEP] += end
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours.eval(), theirs.eval()
 
 
 def twins(task: Task, config: dict[str, Any] | None = None, seed: int = 0, end: float = 0.0) -> tuple[Any, Any]:

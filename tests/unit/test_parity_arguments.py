@@ -1,4 +1,4 @@
-"""Arguments of the forward passes: tuples, hidden states, attentions, caches, embeddings, positions."""
+"""Arguments of the forward passes beyond test_parity_matrix.py: caches, embeddings, what configurations say."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,60 +11,8 @@ from torch import Tensor
 from twins import assert_close, images, twins, words
 
 from blip_engine import BlipConfig, BlipModel, BlipTextModel, BlipVisionModel
-from blip_engine.cache import DecoderCache
-from blip_engine.requests import Task
 
 MORE = {"output_attentions": True, "output_hidden_states": True}
-INPUTS: list[tuple[Task, dict[str, Any]]] = [
-    ("caption", {}),
-    ("caption", {"labels": words(3, 5)}),
-    ("caption", {"logits_to_keep": 2}),
-    ("vqa", {"labels": words(3, 4)}),
-    ("vqa", {"decoder_input_ids": words(3, 4)}),
-    ("itm", {}),
-    ("itm", {"use_itm_head": False}),
-]
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    """Two tuples are equal in structure and close in value; a cache is one whatever its class."""
-    if isinstance(theirs, Tensor):
-        assert_close(ours, theirs)
-    elif isinstance(theirs, tuple):
-        assert isinstance(ours, tuple)
-        assert len(ours) == len(theirs)
-        for mine, other in zip(ours, theirs, strict=True):
-            assert_same(mine, other)
-    else:
-        assert isinstance(ours, DecoderCache)
-        assert isinstance(theirs, transformers.Cache)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("task", "given"), INPUTS)
-@pytest.mark.parametrize("more", [{}, MORE, {"output_attentions": True}])
-def test_tuples_of_the_task_models(task: Task, given: dict[str, Any], more: dict[str, Any]) -> None:
-    ours, theirs = twins(task)
-    call = given | more | {"input_ids": words(3, 5), "pixel_values": images(ours)}
-    mine = ours(**call, return_dict=False)
-    assert_same(mine, theirs(**call, return_dict=False))
-    output, other = ours(**call), theirs(**call)
-    assert_same(tuple(output), mine)
-    assert output.keys() == tuple(other.keys())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("decoder", [True, False])
-@pytest.mark.parametrize("crosses", [True, False])
-@pytest.mark.parametrize("more", [{}, MORE, {"use_cache": False}])
-def test_tuples_of_the_text_models(decoder: bool, crosses: bool, more: dict[str, Any]) -> None:
-    ours, theirs = twins("caption")
-    call = more | {"is_decoder": decoder, "attention_mask": torch.tensor([[1] * 5, [1] * 5, [1, 1, 1, 0, 0]])}
-    if crosses:
-        call["encoder_hidden_states"] = torch.randn(3, 9, 48)
-    for mine, other in ((ours.text_decoder, theirs.text_decoder), (ours.text_decoder.bert, theirs.text_decoder.bert)):
-        assert_same(mine(words(3, 5), **call, return_dict=False), other(words(3, 5), **call, return_dict=False))
-        assert mine(words(3, 5), **call).keys() == tuple(other(words(3, 5), **call).keys())
 
 
 class TestCaches:

@@ -1,4 +1,4 @@
-"""A row's result is bit for bit the same alone, in a crowd, at every place and in any order (on a CPU).
+"""A row's result is bit for bit the same alone, in a crowd, at every place and in any order.
 
 The small models say that rows never mix. The wide ones have the widths of BLIP base, where matrix products choose
 their kernels by the shapes they get: with `runner.run` on batches of any length, as a job's last chunk has.
@@ -49,10 +49,12 @@ WIDE = small_config(
 ) | {"image_text_hidden_size": 256}  # fmt: skip
 
 
-def runner(folder: Path, task: Task, dtype: str, config: dict[str, Any] | None = None) -> Runner[Any]:
+def runner(
+    folder: Path, task: Task, dtype: str, device: torch.device, config: dict[str, Any] | None = None
+) -> Runner[Any]:
     if not (folder / "config.json").is_file():
         save_checkpoint(folder, task, **(config or {}))
-    resident: ResidentModel[Any] = ResidentModel(find_checkpoint(folder), task, torch.device("cpu"), DTYPES[dtype])
+    resident: ResidentModel[Any] = ResidentModel(find_checkpoint(folder), task, device, DTYPES[dtype])
     return runner_for(task, resident)
 
 
@@ -74,8 +76,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("task", "name"), CASES)
-def test_small_models(folder: Path, task: Task, name: str, dtype: str) -> None:
-    model = runner(folder / task, task, dtype)
+def test_small_models(folder: Path, task: Task, name: str, dtype: str, device: torch.device) -> None:
+    model = runner(folder / task, task, dtype, device)
     images = model.resident.shapes.images
     batch = requests(model, task, images + 3, **OPTIONS[name])
     crowd = run(model, batch)
@@ -100,8 +102,8 @@ def _two_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("_two_threads")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("task", TASKS)
-def test_wide_models(folder: Path, task: Task, dtype: str) -> None:
-    model = runner(folder / f"wide-{task}", task, dtype, WIDE)
+def test_wide_models(folder: Path, task: Task, dtype: str, device: torch.device) -> None:
+    model = runner(folder / f"wide-{task}", task, dtype, device, WIDE)
     images = model.resident.shapes.images
     batch = requests(model, task, images + 1, **({} if task == "itm" else {"max_new_tokens": 3}))
     crowd = run(model, batch)
@@ -111,8 +113,8 @@ def test_wide_models(folder: Path, task: Task, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_embeddings(folder: Path, dtype: str) -> None:
-    model: Any = runner(folder / "itm", "itm", dtype)
+def test_embeddings(folder: Path, dtype: str, device: torch.device) -> None:
+    model: Any = runner(folder / "itm", "itm", dtype, device)
     pixels = [request.pixels for request in requests(model, "itm", model.resident.shapes.images + 3)]
     texts = [f"a {word} dog" * (1 + i % 4) for i, word in enumerate(["red", "blue", "green"] * 9)]
     pictures, words = model.embed_images(pixels), model.embed_texts(texts, MatchOptions())
@@ -123,8 +125,8 @@ def test_embeddings(folder: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_chosen_answers(folder: Path, dtype: str) -> None:
-    model = runner(folder / "vqa", "vqa", dtype)
+def test_chosen_answers(folder: Path, dtype: str, device: torch.device) -> None:
+    model = runner(folder / "vqa", "vqa", dtype, device)
     words = ["red", "blue", "a dog", "a cat on the left", "two dogs in a picture of the red cat", "yes", "no"]
     batch = [replace(request, candidates=tuple(words[i % 3 :])) for i, request in enumerate(requests(model, "vqa", 7))]
     crowd = run(model, batch)

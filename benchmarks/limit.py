@@ -78,10 +78,8 @@ def peaks(device: torch.device, quick: bool) -> dict[str, Any]:
 
 def batch_of(runner: Runner[Any], workload: Workload) -> list[Any]:
     """A full batch of the engine, prepared."""
-    shapes, texts = runner.resident.shapes, max(1, workload.texts)
-    images = max(shapes.images, shapes.texts // texts)
     chosen, words = options_for(workload.task, workload.options), tuple(workload.words) or ("",)
-    pictures = common.random_images(images, runner.resident.image_size[0])
+    pictures = common.random_images(runner.resident.shapes.groups, runner.resident.image_size[0])
     return [runner.prepare(Request("m", workload.task, each, words, chosen)) for each in pictures]
 
 
@@ -107,7 +105,7 @@ def watch(runner: Runner[Any], batch: Sequence[Any], repeats: int) -> dict[str, 
 def decode_bytes(runner: Runner[Any], images: int, steps: int) -> int:
     """Bytes that decoding captions reads at least: weights, and the images' keys and values, in every step."""
     config, itemsize = runner.resident.model.config, runner.resident.dtype.itemsize
-    batches = -(-images // runner.resident.shapes.texts)
+    batches = -(-images // runner.resident.shapes.groups)
     return steps * (batches * flops.decoder_bytes(config, itemsize) + images * flops.cross_bytes(config, itemsize))
 
 
@@ -118,7 +116,7 @@ def measure(workload: Workload, given: argparse.Namespace, found: dict[str, Any]
     seconds = watch(runner, batch, given.repeats)
     whole = statistics.median(_timed(lambda: runner.run(batch), device) for _ in range(given.repeats))
     config, images = runner.resident.model.config, len(batch)
-    tokens = -(-len(batch[0].tokens[0]) // 8) * 8 if workload.texts else 0
+    tokens = len(batch[0].tokens[0]) if workload.texts else 0  # padding is no work that anyone needs
     steps, beams = workload.options.get("max_new_tokens", 0), workload.options.get("num_beams", 1)
     work = flops.by_stage(config, workload.task, images, workload.texts, tokens, beams, steps)
     peak = found["flop_per_second"][common.dtype_name(given.precision, device)]

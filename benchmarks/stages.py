@@ -35,7 +35,7 @@ def _parts(runner: Runner[Any]) -> list[tuple[str, Any, str]]:
         ("vision", model.vision_model, "forward"),
         ("vision attention", vision, "attend"),
         ("cross K/V", resident, "_project_cross"),
-        ("K/V gather", ResidentModel, "cross_of"),
+        ("K/V gather", ResidentModel, "keys_of_groups"),
         ("text attention", text_layers, "attend"),
         ("beam reorder", DecoderCache, "select"),
     ]

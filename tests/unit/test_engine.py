@@ -35,15 +35,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[Engine]:
-    with Engine.load({task: str(folder / task) for task in TASKS}, device="cpu", precision="fp32") as engine:
+def engine(folder: Path, device: torch.device) -> Iterator[Engine]:
+    with Engine.load({task: str(folder / task) for task in TASKS}, device=str(device), precision="fp32") as engine:
         yield engine
 
 
 @pytest.fixture
-def own(folder: Path) -> Iterator[Engine]:
+def own(folder: Path, device: torch.device) -> Iterator[Engine]:
     """An engine that a test may harm."""
-    with Engine.load({"caption": str(folder / "caption")}, device="cpu", precision="fp32") as engine:
+    with Engine.load({"caption": str(folder / "caption")}, device=str(device), precision="fp32") as engine:
         yield engine
 
 
@@ -256,8 +256,8 @@ class TestFaults:
 
 
 class TestLife:
-    def test_close_finishes_what_is_queued_and_refuses_more(self, folder: Path) -> None:
-        engine = Engine.load({"caption": str(folder / "caption")}, device="cpu", precision="fp32")
+    def test_close_finishes_what_is_queued_and_refuses_more(self, folder: Path, device: torch.device) -> None:
+        engine = Engine.load({"caption": str(folder / "caption")}, device=str(device), precision="fp32")
         lock = hold(engine)
         futures = [engine.submit(request(image)) for image in IMAGES]
         lock.release()
@@ -321,9 +321,9 @@ class TestLife:
             Engine(**given)
 
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-    def test_half_precision_gives_float32_scores(self, folder: Path, precision: str) -> None:
+    def test_half_precision_gives_float32_scores(self, folder: Path, precision: str, device: torch.device) -> None:
         models = {task: str(folder / task) for task in TASKS}
-        with Engine.load(models, device="cpu", precision=precision) as engine:
+        with Engine.load(models, device=str(device), precision=precision) as engine:
             assert all(np.isfinite(caption.score) for caption in engine.caption(IMAGES[:3]))
             assert all(np.isfinite(answer.score) for answer in engine.answer(IMAGES[:3], QUESTIONS[:3]))
             assert all(0 <= match.itm <= 1 for match in engine.match(IMAGES[:3], QUESTIONS[:3]))

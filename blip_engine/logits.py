@@ -88,6 +88,7 @@ class LogitRules:
         if options.top_p < 1.0:
             before = probabilities.cumsum(-1) - probabilities
             beyond = before >= options.top_p
-            beyond[..., :least_kept] = False
+            if least_kept > 1:  # the first is never beyond
+                beyond[..., :least_kept] = False
             probabilities = probabilities.masked_fill(beyond, 0.0)
         return ordered, probabilities, tokens

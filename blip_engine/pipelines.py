@@ -18,6 +18,7 @@ from .errors import ImageError, InputError, OptionError
 from .features import BatchFeature
 from .images import ImageLimits, decode_image
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from .pretrained import DeviceMap
 from .processor import BlipProcessor
 from .requests import DEFAULT_MODELS, Task
 
@@ -114,7 +115,7 @@ def pipeline(
     *,
     revision: str | None = None,
     device: int | str | torch.device | None = None,
-    device_map: str | int | torch.device | None = None,
+    device_map: DeviceMap = None,
     dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
 ) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
@@ -92,6 +93,7 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
+        config: ConfigT | None = None,
         revision: str | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
@@ -102,18 +104,19 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
     ) -> Self:
         """Load a checkpoint, whole or not at all, in evaluation mode.
 
-        `dtype` (or `torch_dtype`, its older name) None or "auto" keeps the file's. `device_map` is a device, a
-        dictionary that gives all parts the same one, or "auto" for the GPU if there is one. `use_safetensors` False
-        reads `.bin` files only, True never. `loading`: cache_dir, token, local_files_only, force_download, subfolder
-        as in transformers. `attn_implementation` "eager" and "sdpa", low_cpu_mem_usage and trust_remote_code change
-        nothing: attention has one implementation here, tensors are mapped anyway, and no repository's code is run.
+        `config` stands in for the checkpoint's own. `dtype` (or `torch_dtype`, its older name) None or "auto" keeps the
+        file's. `device_map` is a device, a dictionary that gives all parts the same one, or "auto" for the GPU if there
+        is one. `use_safetensors` False reads `.bin` files only, True never. `loading`: cache_dir, token,
+        local_files_only, force_download and subfolder, as in transformers. `attn_implementation` "eager" and "sdpa",
+        low_cpu_mem_usage and trust_remote_code change nothing: attention has one implementation here, tensors are
+        mapped anyway, and no repository's code is run.
         Raises CheckpointError; OptionError for a device that is not there and for an argument or value not named here.
         """
         if attn_implementation not in (None, "eager", "sdpa"):
             raise OptionError(f"attn_implementation must be 'sdpa' or 'eager', not {attn_implementation!r}")
         hub = HubOptions.of(loading, without_effect=("low_cpu_mem_usage", "trust_remote_code"))
         checkpoint = find_checkpoint(pretrained_model_name_or_path, revision, hub=hub, safetensors=use_safetensors)
-        return cls.from_checkpoint(checkpoint, torch_dtype if dtype is None else dtype, device_map)
+        return cls.from_checkpoint(checkpoint, torch_dtype if dtype is None else dtype, device_map, config)
 
     @classmethod
     def from_checkpoint(
@@ -121,10 +124,11 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         checkpoint: Checkpoint,
         dtype: torch.dtype | str | None = None,
         device_map: DeviceMap = None,
+        config: ConfigT | None = None,
     ) -> Self:
         """As `from_pretrained`, for a checkpoint that was already found. Raises CheckpointError and OptionError."""
         device, kind = _device(device_map), _dtype(dtype)  # a wrong one is told before anything is read
-        config = cls.config_class.from_json_file(checkpoint.directory / CONFIG_FILE)
+        config = cls._config(checkpoint, config)
         tensors = {k: v for k, v in checkpoint.read().items() if not k.endswith(".position_ids")}
         tensors = cls.adapted(checkpoint.source, config, tensors)
         try:
@@ -140,6 +144,16 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         model.load_state_dict(tensors | {alias: tensors[source] for alias, source in twins.items()}, assign=True)
         model.tie_weights(twins)
         return model.to(device=device, dtype=kind).eval()
+
+    @classmethod
+    def _config(cls, checkpoint: Checkpoint, given: ConfigT | None) -> ConfigT:
+        """A copy of the caller's configuration, or else the checkpoint's."""
+        if given is None:
+            found: ConfigT = cls.config_class.from_json_file(checkpoint.directory / CONFIG_FILE)
+            return found
+        if not isinstance(given, cls.config_class):
+            raise OptionError(f"config must be a {cls.config_class.__name__}, not {given!r:.60}")
+        return deepcopy(given)
 
     @classmethod
     def adapted(cls, source: str, config: ConfigT, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG003

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from small_models import save_checkpoint
 
-from blip_engine import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+from blip_engine import AutoTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 from blip_engine.checkpoint import HubOptions
 from blip_engine.errors import CheckpointError, OptionError
 
@@ -66,6 +66,23 @@ def test_what_changes_nothing(folder: Path, given: dict[str, Any]) -> None:
     model, plain = (BlipForConditionalGeneration.from_pretrained(folder, **each) for each in (given, {}))
     assert all(value.equal(plain.state_dict()[name]) for name, value in model.state_dict().items())
     BlipProcessor.from_pretrained(folder, use_fast=True)
+
+
+def test_a_configuration_of_ones_own(folder: Path) -> None:
+    config = BlipConfig.from_json_file(folder / "config.json")
+    config.text_config.label_smoothing, config.vision_config.layer_norm_eps = 0.3, 1e-2
+    model = BlipForConditionalGeneration.from_pretrained(folder, config=config)
+    plain = BlipForConditionalGeneration.from_pretrained(folder)
+    assert model.config == config
+    assert model.config is not config  # the caller's may change later
+    assert plain.config.text_config.label_smoothing == 0.0
+    pixels = torch.randn(1, 3, 32, 32)
+    assert not model(pixels).logits.equal(plain(pixels).logits)
+    with pytest.raises(OptionError, match=r"config must be a BlipConfig, not 'other\.json'"):
+        BlipForConditionalGeneration.from_pretrained(folder, config="other.json")
+    config.text_config.num_hidden_layers = 3
+    with pytest.raises(CheckpointError, match=r"missing: text_decoder\.bert\.encoder\.layer\.2"):
+        BlipForConditionalGeneration.from_pretrained(folder, config=config)
 
 
 def test_other_attentions_are_refused(folder: Path) -> None:

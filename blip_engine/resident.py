@@ -56,7 +56,7 @@ class Shapes:
         return cls(images, images * factor)
 
     def groups_of(self, size: int) -> int:
-        """How many groups of `size` texts a batch has: fewer large ones, so that few requests need not fill many rows."""
+        """How many groups of `size` texts a batch has: fewer large ones, for few requests fill few rows."""
         return max(1, self.groups * 4 // max(4, size))
 
     def halved(self) -> "Shapes":
@@ -68,7 +68,7 @@ class Shapes:
 class ImageStates:
     """Encoded images; the last ones may be blank."""
 
-    states: Tensor  # (N, S, vision width)
+    first: Tensor  # (N, 1, vision width), of the class token
     cross: CrossKeys  # what text attends to, per layer
 
 
@@ -132,13 +132,13 @@ class ResidentModel(Generic[ModelT]):
 
     @torch.inference_mode()
     def encode_images(self, pixels: Sequence[Pixels]) -> ImageStates:
-        """uint8 (H, W, 3) images at the model's size to their states and cross-attention keys and values."""
+        """uint8 (H, W, 3) images at the model's size to what texts read of them."""
         states = self.image_states(pixels)
         cross = [self._project_cross(part) for part in states]
         layers = [
             (torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])) for parts in zip(*cross, strict=True)
         ]
-        return ImageStates(torch.cat(states), layers)
+        return ImageStates(torch.cat([part[:, :1] for part in states]), layers)
 
     @torch.inference_mode()
     def image_states(self, pixels: Sequence[Pixels]) -> list[Tensor]:
@@ -203,7 +203,7 @@ class ResidentModel(Generic[ModelT]):
         return TextBatch(texts, rows, [token_rows[text] for text in texts], images, ids_, mask_)
 
     def of_groups(self, values: Tensor, batch: TextBatch) -> Tensor:
-        """Rows (groups, ...) of values (images, ...), not copied where neighbouring groups are about neighbouring images."""
+        """Rows (groups, ...) of values (images, ...); a view where neighbouring groups have neighbouring images."""
         first, number = batch.owners[0], len(batch.owners)
         if batch.owners == list(range(first, first + number)):
             return values[first : first + number]

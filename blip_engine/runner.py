@@ -252,8 +252,7 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
         ids = self._opened(texts, stage.options)
         fused = model.text_encoder(ids, texts.mask, past_key_values=cache).last_hidden_state
         logits = model.itm_head(fused[:, 0]).float()
-        # The class tokens before projecting: a fixed number of rows.
-        first = self.resident.of_groups(stage.encoded.states[:, :1], texts)
+        first = self.resident.of_groups(stage.encoded.first, texts)
         images = model.project_image(first).float().repeat_interleave(texts.size, 0)
         similarity = (images * self._project_texts(texts)).sum(-1)
         columns = logits.softmax(-1)[:, 1], similarity, logits[:, 1]

@@ -143,18 +143,17 @@ class TestKeysAndValues:
     def test_of_images(
         self, folder: Path, task: Task, images: int, texts: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Joined once, with the states, and at worst gathered for every text; beams copy nothing."""
+        """Blocks of images are joined once, with the states; texts and beams copy nothing."""
         states = SETTINGS.vision_config.hidden_size * SEEN * 4 / flops.cross_bytes(SETTINGS, 4)
-        assert copied(runner_of(folder, task), requests(task, images, texts), monkeypatch) <= 1 + states + texts
+        assert copied(runner_of(folder, task), requests(task, images, texts), monkeypatch) <= 1 + states
 
-    @known_waste("Runner.run gathers them for every text, encode_images joins even a single block")
     @pytest.mark.parametrize(("task", "images", "texts"), [("vqa", 4, 8), ("itm", 4, 8), ("caption", 4, 1)])
     def test_of_images_are_shared(
         self, folder: Path, task: Task, images: int, texts: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A block of images, all of whose texts fit one batch, needs no copy, or one to lay them out for attention."""
         runner = runner_of(folder, task)
-        runner.resident.shapes = Shapes(images, images * texts)
+        runner.resident.shapes = Shapes(images, images)
         assert copied(runner, requests(task, images, texts), monkeypatch) <= 1
 
     def own(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -20,7 +20,8 @@ def attend(
     `mask` is added to the scores and broadcasts to (B, heads, T, S). Returns the context (B, heads, T, hs) and, with
     `weights`, the attention probabilities (B, heads, T, S), which the fused kernels do not give.
     """
-    if not weights and not _PRODUCTS.get((query.device.type, query.dtype), False):
+    plain = weights or _learns(mask, query, key, value) or _PRODUCTS.get((query.device.type, query.dtype), False)
+    if not plain:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
     probabilities = _scores(query, key, mask).softmax(dim=-1)
     kept = F.dropout(probabilities, dropout) if dropout else probabilities
@@ -56,6 +57,15 @@ def measure_products(device: torch.device, dtype: torch.dtype) -> bool:
         times[products].append(time.perf_counter() - start)
     _PRODUCTS[place] = _CLEARLY * min(times[True]) < min(times[False])
     return _PRODUCTS[place]
+
+
+def _learns(mask: Tensor | None, *inputs: Tensor) -> bool:
+    """Whether gradients are to flow past a mask.
+
+    Those of a fused kernel are wrong where a query sees nothing (left padding): it keeps the logarithm of the sum of a
+    row's exponentials, in which the mask's value swallows the rest.
+    """
+    return mask is not None and torch.is_grad_enabled() and any(part.requires_grad for part in inputs)
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:

@@ -21,7 +21,10 @@ _OPTIONS = (
 )
 _WHOLE = ("num_beams", "top_k", "num_return_sequences", "max_length", "min_length", "max_new_tokens", "min_new_tokens")
 _RECORDED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-_EXTRAS = ("early_stopping", "no_repeat_ngram_size", "return_dict_in_generate", *_RECORDED, "generator")
+_EXTRAS = (
+    *("early_stopping", "no_repeat_ngram_size", "bad_words_ids", "return_dict_in_generate", *_RECORDED, "generator"),
+    "use_cache",  # changes nothing: there always is one
+)
 
 
 def decode(
@@ -45,7 +48,7 @@ def decode(
     prompt = Prompt.of(prompts, config.pad_token_id, decoder.device)
     sampled_beams = _sampled_beams(values)
     options, limits = _options_and_limits(values, prompt.lengths, config.max_position_embeddings)
-    extras = _extras(wanted, sampled_beams, options.num_beams)
+    extras = _extras(wanted, sampled_beams, options.num_beams, config.vocab_size)
     uniforms = _uniforms(extras.generator, len(prompts), options, limits)
     generated = generate(decoder, prompt, memory, options, limits, uniforms, extras)
     sequences = _with_prompts(prompts, generated, config.pad_token_id)
@@ -99,8 +102,9 @@ def _options_and_limits(
     return options, Limits(most, least, steps)
 
 
-def _extras(wanted: Mapping[str, Any], sampled_beams: bool, beams: int) -> Extras:
+def _extras(wanted: Mapping[str, Any], sampled_beams: bool, beams: int, words: int) -> Extras:
     stopping, ngram = wanted.get("early_stopping", False), wanted.get("no_repeat_ngram_size", 0)
+    bad_words = _bad_words(wanted.get("bad_words_ids", ()), words)
     if stopping not in (True, False, "never"):
         raise OptionError(f"option 'early_stopping' must be True, False or 'never', not {stopping!r}")
     if type(ngram) is not int or ngram < 0:
@@ -112,7 +116,17 @@ def _extras(wanted: Mapping[str, Any], sampled_beams: bool, beams: int) -> Extra
     lists: list[Any] = [[] if returned and wanted.get(name) else None for name in _RECORDED]
     scores, logits, attentions, hidden_states = lists
     record = Record(scores, logits, attentions, hidden_states, beams=bool(returned and beams > 1))
-    return Extras(stopping, ngram, sampled_beams, generator, record)
+    return Extras(stopping, ngram, bad_words, sampled_beams, generator, record)
+
+
+def _bad_words(given: Any, words: int) -> Sequence[Sequence[int]]:
+    fits = isinstance(given, list | tuple) and all(
+        isinstance(run, list | tuple) and run and all(type(token) is int and 0 <= token < words for token in run)
+        for run in given
+    )
+    if not fits:
+        raise OptionError(f"option 'bad_words_ids' must be lists of ids from 0 to {words - 1}, not {given!r:.60}")
+    return tuple(given)
 
 
 def _uniforms(

@@ -94,6 +94,7 @@ class Extras:
     #: True: a row ends with its num_beams-th finished beam. "never": only when no beam can become better, however long.
     early_stopping: bool | Literal["never"] = False
     no_repeat_ngram_size: int = 0  # no run of this many tokens comes twice; 0: any may
+    bad_words: Sequence[Sequence[int]] = ()  # runs of tokens that do not come
     sampled_beams: bool = False  # draw the continuations of beams, by temperature, top_k and top_p
     generator: torch.Generator | None = None  # that these are drawn with; None: torch's global one
     record: Record = field(default_factory=Record)
@@ -214,7 +215,9 @@ def _search_for(
     extras: Extras,
 ) -> _Search:
     end, pad = decoder.config.sep_token_id, decoder.config.pad_token_id
-    rules = LogitRules(options, prompt.ids, prompt.mask, limits.least, end, extras.no_repeat_ngram_size)
+    rules = LogitRules(
+        options, prompt.ids, prompt.mask, limits.least, end, extras.no_repeat_ngram_size, extras.bad_words
+    )
     if options.num_beams > 1:
         return _BeamSearch(rules, options, limits, end, pad, extras)
     if options.do_sample and uniforms is None:

@@ -1,5 +1,7 @@
 """Rules on the next token's logits: repetition, minimum length, and the warps of sampling."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ class LogitRules:
         least: Tensor,
         end: int,
         ngram: int = 0,
+        bad_words: Sequence[Sequence[int]] = (),
     ) -> None:
         self._options, self._least, self._end = options, least, end
         self._prompt = prompt_ids
@@ -26,6 +29,7 @@ class LogitRules:
             self._prompt = torch.where(prompt_mask.bool(), prompt_ids, prompt_ids[:, -1:])
         self._any_least = options.min_new_tokens > 0
         self._ngram = ngram  # no run of this many tokens may come twice; 0: any may
+        self._bad_words = [torch.tensor(word, device=prompt_ids.device) for word in bad_words if list(word) != [end]]
         self._said = prompt_ids if prompt_mask is None else prompt_ids.masked_fill(prompt_mask == 0, _PADDING)
 
     def apply(self, scores: Tensor, generated: Tensor) -> Tensor:
@@ -34,6 +38,8 @@ class LogitRules:
             scores = self._penalise_repetition(scores, generated)
         if self._ngram:
             scores = self._ban_ngrams(scores, generated)
+        if self._bad_words:
+            scores = self._ban_words(scores, generated)
         if self._any_least:
             too_short = (generated.shape[2] < self._least)[:, None]
             scores = scores.clone()
@@ -56,6 +62,17 @@ class LogitRules:
         same = (runs[..., :-1] == said[:, :, None, length - before :]).all(-1) & (runs != _PADDING).all(-1)
         banned = torch.zeros_like(scores).scatter_add_(2, runs[..., -1].clamp(min=0), same.to(scores.dtype))
         return scores.masked_fill(banned > 0, -torch.inf)
+
+    def _ban_words(self, scores: Tensor, generated: Tensor) -> Tensor:
+        """A word's last token is banned behind its others."""
+        said = torch.cat([self._said[:, None].expand(-1, scores.shape[1], -1), generated], dim=2)
+        scores = scores.clone()
+        for word in self._bad_words:
+            before = len(word) - 1
+            if before <= said.shape[2]:
+                begun = (said[:, :, said.shape[2] - before :] == word[:-1]).all(-1)
+                scores[:, :, word[-1]] = scores[:, :, word[-1]].masked_fill(begun, -torch.inf)
+        return scores
 
     def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Sample a token per row by inverting the cumulative distribution at (B, K) `uniforms` in [0, 1).

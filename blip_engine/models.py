@@ -113,7 +113,7 @@ class BlipForConditionalGeneration(_BlipPreTrainedModel):
 
         `generate_kwargs` are transformers': num_beams, do_sample, temperature, top_k, top_p, repetition_penalty,
         length_penalty, num_return_sequences, max_length, min_length, max_new_tokens, min_new_tokens, early_stopping,
-        no_repeat_ngram_size, return_dict_in_generate, output_scores, output_logits, output_attentions,
+        no_repeat_ngram_size, bad_words_ids, return_dict_in_generate, output_scores, output_logits, output_attentions,
         output_hidden_states; and `generator`, a torch.Generator to sample with. `do_sample` with beams draws the beams.
         Raises OptionError for any other, InputError for images of another size or no room behind the prompt.
         """

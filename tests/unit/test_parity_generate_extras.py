@@ -52,6 +52,37 @@ def test_no_ngram_comes_twice(size: int, beams: int) -> None:
     assert texts(ours, 5) != texts(both("caption", **options)[0], 5)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "repetition_penalty": 1.5}], ids=str)
+@pytest.mark.parametrize("task", ["caption", "vqa"])
+def test_bad_words_do_not_come(task: Task, options: dict[str, Any]) -> None:
+    prompt = 5 if task == "caption" else 1
+    spoken = [text[prompt:] for text in texts(both(task, **options)[0], prompt)]
+    longest = sorted(spoken, key=len)[-3:]
+    bad = [longest[0][:1], longest[1][:2], longest[2][1:4], [7, 8, 9], [SEP]]
+    ours, theirs = both(task, bad_words_ids=bad, **options)
+    assert texts(ours, prompt) == texts(theirs, prompt)
+    said = [text[prompt:] for text in texts(ours, prompt)]
+    assert said != spoken
+    for run in bad[:-1]:  # ends are allowed, as in transformers
+        assert not any(text[i : i + len(run)] == run for text in said for i in range(len(text)))
+
+
+def test_a_bad_word_begun_by_the_prompt() -> None:
+    ours, theirs = twins("caption")
+    pixels, prompts = images(ours, 4), words(4, 6)
+    first = ours.generate(pixels, prompts)[:, 5]
+    bad = [[int(prompts[row, -2]), int(first[row])] for row in range(4)]
+    mine = ours.generate(pixels, prompts, bad_words_ids=bad)
+    assert texts(mine, 5) == texts(theirs.generate(pixels, prompts.clone(), bad_words_ids=bad), 5)
+    assert not (mine[:, 5] == first).any()
+
+
+def test_a_cache_more_or_less() -> None:
+    ours, _ = twins("caption", end=1.0)
+    pixels = images(ours)
+    assert ours.generate(pixels, use_cache=False).equal(ours.generate(pixels))
+
+
 def test_padding_is_no_part_of_an_ngram() -> None:
     ours, _ = twins("caption", end=-1.0)
     pixels, ids = images(ours, 2), words(2, 7)
@@ -230,6 +261,9 @@ class TestSampledBeams:
     [
         ("early_stopping", "soon", "must be True, False or 'never', not 'soon'"),
         ("no_repeat_ngram_size", -1, "must be 0 .off. or more, not -1"),
+        ("bad_words_ids", [7], "must be lists of ids from 0 to 40, not .7."),
+        ("bad_words_ids", [[7, 41]], "must be lists of ids from 0 to 40"),
+        ("bad_words_ids", [[]], "must be lists of ids from 0 to 40"),
         ("generator", 7, "must be a torch.Generator, not 7"),
         ("penalty_alpha", 0.6, "no argument 'penalty_alpha'; it has: num_beams"),
         ("num_beam_groups", 2, "no argument 'num_beam_groups'"),

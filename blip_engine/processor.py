@@ -25,9 +25,10 @@ class BlipProcessor:
     ) -> "BlipProcessor":
         """From a directory or a hub repository.
 
-        `loading` is as of the models; use_fast changes nothing. Raises CheckpointError, OptionError for other names.
+        `loading` is as of the models; use_fast and backend change nothing, for Pillow always resizes. Raises
+        CheckpointError, OptionError for other names.
         """
-        hub = HubOptions.of(loading, without_effect=("use_fast", "trust_remote_code"))
+        hub = HubOptions.of(loading, without_effect=("use_fast", "backend", "trust_remote_code"))
         return cls.from_directory(find_checkpoint(pretrained_model_name_or_path, revision, hub=hub).directory)
 
     @classmethod

@@ -1,13 +1,14 @@
 """Files and configurations are transformers', and what its forward passes do not say (test_parity_matrix.py does)."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from small_models import CLASSES
-from twins import BOS, CONFIGS, assert_close, configs_for, images, twins, words
+from small_models import CLASSES, small_config
+from twins import BOS, CONFIGS, assert_close, configs_for, images, pair, texts, twins, words
 
 from blip_engine import BlipConfig
 from blip_engine.requests import TASKS, Task
@@ -31,6 +32,31 @@ def test_a_caption_without_ids_reads_bos() -> None:
     ours, theirs = twins("caption")
     pixels = images(ours)
     assert_close(ours(pixels).logits, theirs(pixels, torch.full((3, 1), BOS)).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default:UserWarning")
+def test_questions_at_480_pixels(tmp_path: Path) -> None:
+    """A model of 384 pixels, as the hub has it, at the size that Salesforce ran it at: in the call, or once for all."""
+    sides = {"image_size": 384, "patch_size": 16, "hidden_size": 32}
+    ours, theirs = pair("BlipForQuestionAnswering", small_config(sides), end=1.0)
+    pixels, ids, labels = torch.randn(2, 3, 480, 480), words(2, 6), words(2, 4, seed=1)
+    once = copy.deepcopy(ours)
+    once.vision_model.resize_images(480)
+    once.save_pretrained(tmp_path)
+    loaded = [kind.from_pretrained(tmp_path) for kind in (type(ours), type(theirs))]
+    at_call = [(model, {"interpolate_pos_encoding": True}) for model in (ours, theirs)]
+    answers, losses = [], []
+    for model, how in [*at_call, *((model, {}) for model in (once, *loaded))]:
+        answers.append(texts(model.generate(ids, pixels, num_beams=3, **how)))
+        output = model(ids, pixels, labels=labels, **how)
+        assert output.image_embeds.shape == (2, 1 + 30 * 30, 32)
+        losses.append(output.loss)
+    assert answers == [answers[0]] * 5
+    for loss in losses:
+        assert_close(loss, losses[1])
+    assert (
+        loaded[0](ids, pixels, labels=labels).loss - ours(ids, pixels[..., :384, :384], labels=labels).loss
+    ).abs() > 1e-3
 
 
 @pytest.mark.parametrize(("task", "name"), CASES)

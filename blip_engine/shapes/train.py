@@ -32,6 +32,7 @@ from ..processor import BlipProcessor
 from ..requests import TASKS, Task
 from ..resident import MODEL_CLASSES
 from ..tokenizer import BertTokenizer, wordpiece
+from ..training import contrastive_loss
 from .evaluate import pixels
 from .scenes import HELD_OUT_SEEDS, SIDE, Drawing, drawing
 from .texts import VOCABULARY, mismatch, questions
@@ -161,11 +162,9 @@ class Lesson:
         balance = torch.tensor([1.0, float(self.texts)])
         matching = F.cross_entropy(self.model.itm_head(fused[:, 0]), truth, weight=balance)
         text_states = self.model.text_encoder(ids[: len(batch)], mask[: len(batch)]).last_hidden_state
-        scores = self.model.project_image(states) @ self.model.project_text(text_states).T / TEMPERATURE
-        same = torch.tensor([[float(a == b) for b in captions] for a in captions])
-        target = same / same.sum(1, keepdim=True)
-        contrast = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
-        return matching + 0.25 * contrast
+        shown, said = self.model.project_image(states), self.model.project_text(text_states)
+        same = torch.tensor([[a == b for b in captions] for a in captions])
+        return matching + 0.25 * contrastive_loss(shown, said, shown, said, same, TEMPERATURE)
 
 
 def _training_mismatch(each: Drawing, rng: Random) -> str:

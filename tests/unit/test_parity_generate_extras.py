@@ -273,3 +273,23 @@ def test_faults(option: str, value: Any, fault: str) -> None:
     ours, _ = twins("caption")
     with pytest.raises(OptionError, match=fault):
         ours.generate(images(ours), **{option: value})
+
+
+def test_all_of_them_on_the_device(device: torch.device) -> None:
+    ours, _ = twins("caption", end=1.0)
+    pixels, prompts = images(ours, 4), words(4, 6)
+    asked = {"output_logits": True, "output_attentions": True, "output_hidden_states": True, **RECORDED}
+    for options in ({"num_beams": 3}, {"num_beams": 3, "do_sample": True}, {"do_sample": True}, {}):
+
+        def said(place: torch.device, options: dict[str, Any] = options) -> Any:
+            generator = torch.Generator().manual_seed(3)
+            bad = {"bad_words_ids": [[7], [8, 9]], "no_repeat_ngram_size": 2}
+            return ours.to(place).generate(
+                pixels.to(place), prompts.to(place), generator=generator, **asked, **bad, **options
+            )
+
+        plain, there = said(torch.device("cpu")), said(device)
+        assert texts(there.sequences, 5) == texts(plain.sequences, 5)
+        assert there.keys() == plain.keys()
+        assert there.attentions[0][0].device.type == device.type
+        assert_close(there.logits[0].cpu(), plain.logits[0])

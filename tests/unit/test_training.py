@@ -296,3 +296,20 @@ def test_it_learns_drawings(options: dict[str, Any]) -> None:
 def _norms(training: ImageTextObjective) -> Tensor:
     assert training.teacher is not None
     return torch.stack([parameter.norm() for parameter in training.teacher.parameters()])
+
+
+def test_it_runs_on_the_device(device: torch.device) -> None:
+    """Three steps there and on a CPU; the negatives drawn may differ."""
+    found: dict[str, list[float]] = {}
+    for place in ("cpu", str(device)):
+        training = ImageTextObjective(small_model(), momentum=0.9, queue_size=6, enc_token_id=ENC).to(place).train()
+        found[place] = []
+        for step in range(3):
+            given = {name: value.to(place) for name, value in batch(training.model, seed=step).items()}
+            generator = torch.Generator(place).manual_seed(step)
+            output = training(**given, image_ids=torch.tensor([0, 1, 2, step]), alpha=0.4, generator=generator)
+            output.loss.backward()
+            found[place].append(output.contrastive_loss.item())
+            assert output.matching_loss.isfinite()
+        assert all(parameter.grad is not None for parameter in training.model.parameters())
+    assert found[str(device)] == pytest.approx(found["cpu"], rel=1e-3)

@@ -5,7 +5,7 @@ queries of the cross-attention, whose keys and values exist once per image. Log-
 No row looks at another one, so a row's result depends on its own image, prompt and options only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -17,6 +17,7 @@ from .logits import LogitRules
 from .requests import GenerationOptions
 from .text import BlipTextLMHeadModel
 
+WAIT_EVERY = 5  # tokens between two looks at whether all rows are settled, on a GPU
 _NEVER = -1.0e9  # a score no hypothesis has; finite, so that sums of it stay finite
 
 
@@ -115,6 +116,26 @@ def generate(
     `limits` default to the options' own. `uniforms` (B, num_return_sequences, steps) in [0, 1) are the draws of
     sampling; without them torch's global generator gives them.
     """
+    # A look at whether all is settled waits for the device. A GPU runs dry then; a CPU has nothing else to do.
+    every = WAIT_EVERY if prompt.ids.device.type != "cpu" and extras is None else 1
+    for search in decoding(decoder, prompt, memory, options, limits, uniforms, extras, every):
+        if bool(search.settled()):
+            break
+    return search.result()
+
+
+@torch.no_grad()
+def decoding(
+    decoder: BlipTextLMHeadModel,
+    prompt: Prompt,
+    memory: Memory,
+    options: GenerationOptions,
+    limits: Limits | None = None,
+    uniforms: Tensor | None = None,
+    extras: Extras | None = None,
+    every: int = 1,
+) -> Iterator["Search"]:
+    """The search of `generate`, each time it has come `every` tokens further. Nothing in it waits for the device."""
     rows, device = len(prompt.ids), prompt.ids.device
     if limits is None:
         limits = Limits.uniform(rows, options.max_new_tokens, options.min_new_tokens, device)
@@ -125,10 +146,10 @@ def generate(
     state.fan_out(search.hypotheses)
     for step in range(limits.steps):
         tokens, parents = search.advance(logits, step)
-        if step + 1 == limits.steps or search.finished():
-            break
-        logits = state.read_tokens(tokens, parents).unflatten(0, (rows, -1))
-    return search.result()
+        if (step + 1) % every == 0 or step + 1 == limits.steps:
+            yield search
+        if step + 1 < limits.steps:
+            logits = state.read_tokens(tokens, parents).unflatten(0, (rows, -1))
 
 
 class _DecoderState:
@@ -192,7 +213,7 @@ class _DecoderState:
         return output.logits[:, -1]
 
 
-class _Search(Protocol):
+class Search(Protocol):
     """Chooses tokens. One object per batch; `advance` is called once per step."""
 
     hypotheses: int  # rows per image
@@ -200,8 +221,8 @@ class _Search(Protocol):
     def advance(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """From (B, hypotheses, vocabulary) logits to the tokens to read next and the rows they go on from."""
 
-    def finished(self) -> bool:
-        """Whether no further step can change the result."""
+    def settled(self) -> Tensor:
+        """Whether no further step can change the result, one bool, on the device."""
 
     def result(self) -> Generated: ...
 
@@ -213,7 +234,7 @@ def _search_for(
     limits: Limits,
     uniforms: Tensor | None,
     extras: Extras,
-) -> _Search:
+) -> Search:
     end, pad = decoder.config.sep_token_id, decoder.config.pad_token_id
     rules = LogitRules(
         options, prompt.ids, prompt.mask, limits.least, end, extras.no_repeat_ngram_size, extras.bad_words
@@ -262,8 +283,8 @@ class _TokenSearch:
         self._ended |= (chosen == self._end) | (step + 1 >= self._limits.most)[:, None]
         return chosen.flatten(), None
 
-    def finished(self) -> bool:
-        return bool(self._ended.all())
+    def settled(self) -> Tensor:
+        return self._ended.all()
 
     def result(self) -> Generated:
         lengths = _lengths(self._tokens, self._limits, self._end)
@@ -348,8 +369,8 @@ class _BeamSearch:
         if self._extras.early_stopping is True:
             self._open &= ~self._is_finished.all(1, keepdim=True)
 
-    def finished(self) -> bool:
-        return not self._open.any()
+    def settled(self) -> Tensor:
+        return ~self._open.any()
 
     def result(self) -> Generated:
         kept, steps = self._finished[:, : self._returned], self._limits.steps

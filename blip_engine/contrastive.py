@@ -22,6 +22,7 @@ class BlipModel(PreTrainedModel[BlipConfig]):
     """Images and texts as vectors of `projection_dim`, and how similar they are."""
 
     config_class = BlipConfig
+    main_input_name = "input_ids"
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config)

@@ -48,6 +48,8 @@ class BlipForConditionalGeneration(_BlipPreTrainedModel):
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config)
         self.text_decoder = BlipTextLMHeadModel(config.text_config)
+        if config.tie_word_embeddings:  # either configuration may ask for it
+            self.tie_weights()
 
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's word embeddings."""
@@ -127,12 +129,15 @@ class BlipForConditionalGeneration(_BlipPreTrainedModel):
 class BlipForQuestionAnswering(_BlipPreTrainedModel):
     """Visual question answering: an encoder for the question that attends to the image, and an answer decoder."""
 
+    main_input_name = "input_ids"
     tied_weights: ClassVar[Mapping[str, str]] = _DECODER_TIES
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config)
         self.text_encoder = BlipTextModel(config.text_config, add_pooling_layer=False)
         self.text_decoder = BlipTextLMHeadModel(config.answer_decoder_config())
+        if config.tie_word_embeddings:
+            self.tie_weights()
         self.decoder_start_token_id = config.text_config.bos_token_id
         self.decoder_pad_token_id = config.text_config.pad_token_id
 
@@ -238,6 +243,8 @@ class BlipForQuestionAnswering(_BlipPreTrainedModel):
 
 class BlipForImageTextRetrieval(_BlipPreTrainedModel):
     """Image-text matching (a head on the fused encoder) and contrastive similarity (a cosine of projections)."""
+
+    main_input_name = "input_ids"
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config)

@@ -170,7 +170,8 @@ class BlipTextLMHeadModel(PreTrainedModel[BlipTextConfig]):
         self.bert = BlipTextModel(config, add_pooling_layer=False)
         self.cls = BlipTextOnlyMLMHead(config)
         self.cls.apply(lambda module: initialise_module(module, config.initializer_range))
-        self.tie_weights()
+        if config.tie_word_embeddings:
+            self.tie_weights()
 
     def get_input_embeddings(self) -> nn.Module:
         """The word embeddings."""

@@ -22,7 +22,7 @@ HOST = "host and rest"
 #: in the order of the work
 STAGES = (
     "pixels", "vision", "vision attention", "cross K/V", "K/V gather", "text encoder", "text attention", "decoder",
-    "head", "beam reorder", "search", "search wait", HOST,
+    "head", "beam reorder", "search", HOST,
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def _parts(runner: Runner[Any]) -> list[tuple[str, Any, str]]:
     if hasattr(model, "text_decoder"):
         parts += [("decoder", model.text_decoder.bert, "forward"), ("head", model.text_decoder.cls, "forward")]
     for search in (generation._BeamSearch, generation._TokenSearch):
-        parts += [("search", search, "advance"), ("search", search, "result"), ("search wait", search, "finished")]
+        parts += [("search", search, name) for name in ("advance", "settled", "result")]
     return parts
 
 

@@ -325,7 +325,7 @@ class _BeamSearch:
             self._record.scores.append(log_probabilities.clone())
         if self._record.logits is not None:
             self._record.logits.append(logits.float())
-        scores, flat = self._chosen((log_probabilities + self._running_scores[:, :, None]).flatten(1))
+        scores, flat = self._chosen(log_probabilities, step)
         vocabulary = logits.shape[-1]
         parents, tokens = flat // vocabulary, flat % vocabulary
         sequences = _take(self._running, parents)
@@ -339,14 +339,17 @@ class _BeamSearch:
         self._close_settled(step + 1)
         return tokens.gather(1, kept.indices).flatten(), (parents.gather(1, kept.indices) + self._offsets).flatten()
 
-    def _chosen(self, totals: Tensor) -> tuple[Tensor, Tensor]:
+    def _chosen(self, log_probabilities: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Scores and places of 2K of (B, K * vocabulary) continuations: the best, or drawn without replacement."""
+        totals = (log_probabilities + self._running_scores[:, :, None]).flatten(1)
         if not self._extras.sampled_beams:
             return totals.topk(2 * self.hypotheses)
         generator = self._extras.generator
         noise = torch.empty(totals.shape, device=totals.device if generator is None else generator.device)
         gumbel = -noise.exponential_(generator=generator).log().to(totals.device)
         drawn = (totals + gumbel).topk(2 * self.hypotheses).indices  # Kool et al. 2019, arxiv.org/abs/1903.06059
+        if step == 0:  # equal beams go on where there are too few continuations of one: they are worth as much
+            totals = log_probabilities.flatten(1)
         return totals.gather(1, drawn), drawn
 
     def _keep_finished(self, sequences: Tensor, scores: Tensor, ended: Tensor, length: int) -> None:

@@ -236,6 +236,19 @@ class TestSampledBeams:
         assert not sample(1).equal(sample(2))
         assert torch.get_rng_state().equal(state)
 
+    @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 0.05}, {"top_k": 1, "max_new_tokens": 1}], ids=str)
+    @pytest.mark.parametrize("task", ["caption", "vqa"])
+    def test_fewer_continuations_than_beams(self, task: Task, options: dict[str, Any]) -> None:
+        """transformers cannot draw then. Here beams may come out equal, each with its own text and score."""
+        ours, _ = twins(task, end=1.0)
+        given = {"pixel_values": images(ours, 3), "input_ids": words(3, 6), **RECORDED, **options}
+        output = ours.generate(**given, do_sample=True, num_beams=5, num_return_sequences=5)
+        prompt = 5 if task == "caption" else 1
+        for row, beams in enumerate(output.beam_indices.tolist()):
+            new = output.sequences[row, prompt:].tolist()
+            gained = [float(output.scores[i][beam, new[i]]) for i, beam in enumerate(beams) if beam >= 0]
+            assert sum(gained) / len(gained) == pytest.approx(float(output.sequences_scores[row]), rel=1e-4)
+
     def test_first_tokens_come_as_often_as_their_probability_says(self) -> None:
         """With one new token and two beams the first drawn and the second are both returned, the likelier first."""
         ours, _ = twins("caption", end=-1.0)

@@ -207,13 +207,10 @@ class TestSampledBeams:
         ours, theirs = twins("vqa", end=1.0)
         given = {"pixel_values": images(ours, 8), "input_ids": words(8, 6), **self.OPTIONS, **options, **RECORDED}
         mine = ours.generate(**given).scores[0]
-        # transformers cannot draw more beams than tokens are left: its first step's scores by its own processors
-        if options.get("top_k") != 1 and options.get("top_p") != 0.1:
-            other = theirs.generate(**given, attention_mask=torch.ones(8, 6, dtype=torch.long)).scores[0]
-            assert mine.isneginf().equal(other.isneginf())
-            assert_close(mine.nan_to_num(neginf=-9.0), other.nan_to_num(neginf=-9.0))
-        else:
-            assert (mine.isfinite().sum(1) == 2).all()  # the fewest that transformers' beams keep
+        other = theirs.generate(**given, attention_mask=torch.ones(8, 6, dtype=torch.long)).scores[0]
+        assert mine.isneginf().equal(other.isneginf())
+        assert_close(mine.nan_to_num(neginf=-9.0), other.nan_to_num(neginf=-9.0))
+        assert (mine.isfinite().sum(1) >= 2).all()
 
     def test_a_beam_is_what_its_scores_say(self) -> None:
         ours, _ = twins("caption", end=1.0)
@@ -239,7 +236,7 @@ class TestSampledBeams:
     @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 0.05}, {"top_k": 1, "max_new_tokens": 1}], ids=str)
     @pytest.mark.parametrize("task", ["caption", "vqa"])
     def test_fewer_continuations_than_beams(self, task: Task, options: dict[str, Any]) -> None:
-        """transformers cannot draw then. Here beams may come out equal, each with its own text and score."""
+        """transformers draws what has no chance then. Here beams may come out equal, each with its own score."""
         ours, _ = twins(task, end=1.0)
         given = {"pixel_values": images(ours, 3), "input_ids": words(3, 6), **RECORDED, **options}
         output = ours.generate(**given, do_sample=True, num_beams=5, num_return_sequences=5)

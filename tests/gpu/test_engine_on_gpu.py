@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from blip_engine import Engine
 from blip_engine.checkpoint import find_checkpoint
+from blip_engine.generation import WAIT_EVERY
 from blip_engine.requests import TASKS, Request, Task, options_for
 from blip_engine.resident import ResidentModel, Shapes
 from blip_engine.runner import runner_for
@@ -120,7 +121,7 @@ def test_single_precision_is_single(folder: Path, device: torch.device, task: Ta
 
 
 def test_waits_for_the_device(folder: Path, device: torch.device) -> None:
-    """At most one a step, and as many as there are results to read behind it."""
+    """One every few steps, and those for what is brought to the device and read from it."""
     resident: ResidentModel[Any] = ResidentModel(find_checkpoint(folder / "caption"), "caption", device, torch.bfloat16)
     resident.shapes = Shapes(4, 8)
     runner = runner_for("caption", resident)
@@ -134,7 +135,23 @@ def test_waits_for_the_device(folder: Path, device: torch.device) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [str(warning.message) for warning in told if "synchronizing" in str(warning.message)]
-    assert len(waits) <= 8 + 3 + 4, waits  # steps, results, and what is brought to the device
+    assert len(waits) <= 2 + 3 + 4, waits  # every few steps, results, and what is brought to the device
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("task", ["caption", "vqa"])
+def test_decoding_is_captured_and_stays_the_same(
+    folder: Path, device: torch.device, task: Task, precision: torch.dtype
+) -> None:
+    resident: ResidentModel[Any] = ResidentModel(find_checkpoint(folder / task), task, device, precision)
+    resident.shapes = Shapes(4, 8)
+    runner = runner_for(task, resident)
+    batches = [[runner.prepare(request(task, pixels)) for pixels in PICTURES[n:] + PICTURES[:n]] for n in range(4)]
+    usual, captured, *replayed = [runner.run(batch) for batch in batches]
+    assert not runner._graphed._refused  # type: ignore[union-attr]
+    assert all(kind is not None for kind in runner._graphed._kinds.values())  # type: ignore[union-attr]
+    for n, found in enumerate((captured, *replayed), 1):
+        assert found == usual[n:] + usual[:n]
 
 
 def test_vision_and_text_stay_on_the_device(folder: Path, device: torch.device) -> None:

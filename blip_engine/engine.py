@@ -284,7 +284,7 @@ class Engine:
             self._after_failure(batch, error)
             return
         self.oom_splits += 1
-        runner.resident.shapes = shapes.halved()
+        runner.resize(shapes.halved())
         _log.warning("out of device memory: batches of %s are now %s", shapes, runner.resident.shapes)
         torch.cuda.empty_cache()
         self._step(batch)

@@ -15,6 +15,7 @@ from .cache import CrossKeys
 from .cleaning import clean_caption, clean_question
 from .errors import InputError
 from .generation import Generated, Memory, Prompt, generate
+from .graphs import GraphedDecoder, cuda_capture
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from .ranking import LABEL_SMOOTHING, answer_scores, first_token_chances, with_keys
 from .requests import (
@@ -29,7 +30,7 @@ from .requests import (
     Result,
     Task,
 )
-from .resident import ImageStates, ModelT, Pixels, ResidentModel, TextBatch
+from .resident import ImageStates, ModelT, Pixels, ResidentModel, Shapes, TextBatch
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,10 @@ class Runner(ABC, Generic[ModelT]):
         flat = (results[index] for index in range(len(rows)))
         return [list(islice(flat, len(entry.tokens))) for entry in batch]
 
+    def resize(self, shapes: Shapes) -> None:
+        """Run batches of other sizes from now on, and give up memory that those of before hold."""
+        self.resident.shapes = shapes
+
     pads_left = False
 
     @abstractmethod
@@ -129,11 +134,24 @@ GeneratingT = TypeVar("GeneratingT", BlipForConditionalGeneration, BlipForQuesti
 class _Generating(Runner[GeneratingT]):
     """What captions and answers share."""
 
+    def __init__(self, resident: ResidentModel[GeneratingT]) -> None:
+        super().__init__(resident)  # type: ignore[arg-type]  # mypy mixes up the two classes of the variable
+        self._graphed: GraphedDecoder | None = None
+        if resident.device.type == "cuda":
+            self._graphed = GraphedDecoder(resident.model.text_decoder, cuda_capture())
+
+    def resize(self, shapes: Shapes) -> None:
+        super().resize(shapes)
+        if self._graphed is not None:
+            self._graphed.forget()
+
     def _generate(self, prompt: Prompt, memory: Memory, stage: _Stage) -> Generated:
         options = stage.options
         if not isinstance(options, GenerationOptions):
             raise InputError(f"generation takes GenerationOptions, not {type(options).__name__}")
         uniforms = _uniforms(options, stage).to(self.resident.device) if options.do_sample else None
+        if self._graphed is not None:
+            return self._graphed.generate(prompt, memory, options, uniforms)
         return generate(self.resident.model.text_decoder, prompt, memory, options, uniforms=uniforms)
 
     def _decode(self, tokens: Sequence[int]) -> str:

@@ -18,7 +18,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from blip_engine import Engine
 from blip_engine.checkpoint import find_checkpoint
-from blip_engine.generation import WAIT_EVERY
 from blip_engine.requests import TASKS, Request, Task, options_for
 from blip_engine.resident import ResidentModel, Shapes
 from blip_engine.runner import runner_for

@@ -21,6 +21,7 @@ class PreTrainedConfig:
     """What the three configurations share: what calls return unless they say it, dictionaries and files."""
 
     model_type: ClassVar[str]
+    base_config_key: ClassVar[str | None] = None  # its name in a whole model's configuration
 
     output_attentions: bool = False
     output_hidden_states: bool = False
@@ -38,7 +39,7 @@ class PreTrainedConfig:
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> Self:
-        """Read `config.json`; CheckpointError when it is absent or no JSON object."""
+        """Read `config.json`, a tower's own or a whole model's; CheckpointError when it is absent or no JSON object."""
         path = Path(path)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -48,6 +49,8 @@ class PreTrainedConfig:
             raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
         if not isinstance(values, dict):
             raise CheckpointError(f"{path} must hold a JSON object, not {type(values).__name__}")
+        if cls.base_config_key is not None and isinstance(values.get(cls.base_config_key), dict):
+            values = values[cls.base_config_key]
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
@@ -65,6 +68,7 @@ class BlipTextConfig(PreTrainedConfig):
     """The BERT of the text encoder and decoder. Real checkpoints say 12 heads; the default of 8 is transformers'."""
 
     model_type: ClassVar[str] = "blip_text_model"
+    base_config_key: ClassVar[str | None] = "text_config"
 
     vocab_size: int = 30524  # bert-base-uncased's 30,522, [DEC] and [ENC]
     hidden_size: int = 768
@@ -97,6 +101,7 @@ class BlipVisionConfig(PreTrainedConfig):
     """The vision transformer."""
 
     model_type: ClassVar[str] = "blip_vision_model"
+    base_config_key: ClassVar[str | None] = "vision_config"
 
     hidden_size: int = 768
     intermediate_size: int = 3072

@@ -10,6 +10,7 @@ import transformers
 from small_models import CLASSES, small_config
 from twins import BOS, CONFIGS, assert_close, configs_for, images, pair, texts, twins, words
 
+import blip_engine
 from blip_engine import BlipConfig
 from blip_engine.requests import TASKS, Task
 
@@ -86,6 +87,16 @@ def test_default_configurations_are_transformers() -> None:
         values = mine.pop(part)
         assert {key: theirs[part][key] for key in values} == values
     assert {key: theirs[key] for key in mine} == mine
+
+
+@pytest.mark.parametrize("name", ["BlipTextConfig", "BlipVisionConfig"])
+def test_a_towers_configuration_out_of_a_whole_ones(name: str, tmp_path: Path) -> None:
+    BlipConfig(**CONFIGS["large patches, other epsilon"]).save_pretrained(tmp_path)
+    mine = getattr(blip_engine, name).from_json_file(tmp_path / "config.json")
+    theirs = getattr(transformers, name).from_pretrained(tmp_path).to_dict()
+    assert {key: theirs[key] for key in mine.to_dict()} == mine.to_dict()
+    mine.save_pretrained(tmp_path / "alone")
+    assert type(mine).from_json_file(tmp_path / "alone" / "config.json") == mine
 
 
 def test_configuration_files_go_both_ways(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ class Usage:
 
     def __init__(self) -> None:
         self._seconds: dict[int, tuple[str, float]] = {}
+        self._samples: list[tuple[float, dict[str, float]]] = []  # by the clock that files are dated with
 
     def sample(self, command: psutil.Process) -> None:
         """Look at all processes that are there now."""
@@ -116,6 +117,7 @@ class Usage:
             except psutil.Error:  # it just ended; its last sample counts
                 continue
             self._seconds[process.pid] = name, times.user + times.system
+        self._samples.append((time.time(), self.seconds()))
 
     def _name(self, process: psutil.Process, command: psutil.Process) -> str:
         if process.pid in self._seconds and self._seconds[process.pid][0] in {"engine", "redis", "worker"}:
@@ -139,11 +141,19 @@ class Usage:
             found[name] += seconds
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
+    def cores(self, start: float, end: float) -> dict[str, float]:
+        """By name, processor seconds per second between two times; empty if they are too near to each other."""
+        within = [sample for sample in self._samples if start <= sample[0] <= end]
+        if len(within) < 2:
+            return {}
+        (first, before), (last, after) = within[0], within[-1]
+        return {name: (seconds - before.get(name, 0.0)) / (last - first) for name, seconds in after.items()}
+
 
 def whole_run(
     manifest: str, output: str, checkpoint: Path, given: argparse.Namespace, environment: Mapping[str, str]
-) -> dict[str, float]:
-    """CPU seconds by process and wall seconds of `blip-batch run`. Raises RuntimeError if it fails."""
+) -> tuple[float, Usage]:
+    """Wall seconds of `blip-batch run`, and who used the processors. Raises RuntimeError if it fails."""
     options = [f"--option={name}={json.dumps(value)}" for name, value in OPTIONS[given.task].items()]
     command = [
         sys.executable, "-m", "orchestrator.cli", "run", manifest, "--task", given.task, "--output", output,
@@ -162,19 +172,26 @@ def whole_run(
         if process.returncode:
             told.seek(0)
             raise RuntimeError(f"blip-batch run ended with {process.returncode}: {told.read()[-2000:]}")
-    return {"wall": time.monotonic() - started, **usage.seconds()}
+    return time.monotonic() - started, usage
 
 
-def figures(folder: Path, images: int) -> tuple[float, float]:
-    """(steady, whole) images per second of a finished job with its output in `folder`."""
+def figures(folder: Path, images: int, usage: Usage) -> dict[str, Any]:
+    """Images per second of a finished job with its output in `folder`, and milliseconds of every process per image."""
     summary = json.loads((folder / "summary.json").read_text())
     if summary["request_counts"]["failed"]:
         raise RuntimeError(f"rows failed: {summary['errors']}")
-    ends = sorted((folder / part["key"]).stat().st_mtime for part in summary["parts"])
-    rows = {(folder / part["key"]).stat().st_mtime: part["rows"] for part in summary["parts"]}
-    total = summary["request_counts"]["total"]
-    behind = sum(rows[end] for end in ends[1:]) * images / total
-    return behind / (ends[-1] - ends[0]) if len(ends) > 1 else 0.0, images / summary["seconds"]
+    parts = sorted(((folder / part["key"]).stat().st_mtime, part["rows"]) for part in summary["parts"])
+    start, end = parts[0][0], parts[-1][0]
+    if end <= start:
+        raise RuntimeError("one part says nothing of the rate: take more --images or fewer --chunk-rows")
+    behind = sum(rows for _, rows in parts[1:]) * images / summary["request_counts"]["total"]
+    steady = behind / (end - start)
+    return {
+        "steady": steady,
+        "whole": images / summary["seconds"],
+        "steady_cores": (cores := usage.cores(start, end)),
+        "steady_cpu_ms_per_image": {name: 1e3 * each / steady for name, each in cores.items()},
+    }
 
 
 @contextmanager
@@ -208,13 +225,13 @@ def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
             engine = alone(checkpoint, paths, given)
             output = f"out-{repeat}"
             manifest = f"{prefix}/in/rows.jsonl"
-            cpu = whole_run(manifest, f"{prefix}/{output}", checkpoint, given, environment)
-            steady, whole = figures(folder / output, given.images)
-            repeats.append({"engine": engine, "steady": steady, "whole": whole, "seconds": cpu})
+            wall, usage = whole_run(manifest, f"{prefix}/{output}", checkpoint, given, environment)
+            found = figures(folder / output, given.images, usage)
+            repeats.append({"engine": engine, **found, "wall": wall, "cpu_seconds": usage.seconds()})
     return repeats
 
 
-def show(repeats: Sequence[dict[str, Any]], images: int) -> None:
+def show(repeats: Sequence[dict[str, Any]]) -> None:
     """The ratios, and the processors' time of the last repeat."""
     rows = []
     for name in ("steady", "whole"):
@@ -224,11 +241,13 @@ def show(repeats: Sequence[dict[str, Any]], images: int) -> None:
         rows.append([name, middle["engine"], middle[name], statistics.median(ratios), spread])
     common.print_table(("rate", "engine alone, images/s", "run, images/s", "ratio", "spread"), rows)
     print()
-    used = repeats[-1]["seconds"]
-    wall = used["wall"]
-    table = [[name, seconds, 1e3 * seconds / images] for name, seconds in used.items() if name != "wall"]
-    print(f"processor time of the last run, {wall:.1f} s from start to end:")
-    common.print_table(("process", "CPU seconds", "ms per image"), table)
+    last = repeats[-1]
+    print(f"processor time of the last run, {last['wall']:.1f} s from start to end:")
+    table = [
+        [name, seconds, last["steady_cores"].get(name), last["steady_cpu_ms_per_image"].get(name)]
+        for name, seconds in last["cpu_seconds"].items()
+    ]
+    common.print_table(("process", "CPU seconds", "cores while steady", "CPU ms per image while steady"), table)
 
 
 def main(arguments_given: Sequence[str] | None = None) -> None:
@@ -251,7 +270,7 @@ def main(arguments_given: Sequence[str] | None = None) -> None:
     facts = common.machine(device) | {"model": given.model, "precision": given.precision}
     common.print_machine(facts)
     repeats = compare(given)
-    show(repeats, given.images)
+    show(repeats)
     common.write_json(given.json, facts, repeats=repeats)
 
 

@@ -54,4 +54,4 @@ def test_profile(tmp_path: Path) -> None:
 def test_pipeline(tmp_path: Path) -> None:
     (repeat,) = figures(tmp_path, "pipeline", "--quick", "--task", "itm", "--store", "s3")["repeats"]
     assert all(repeat[rate] > 0 for rate in ("engine", "steady", "whole"))
-    assert {"engine", "loaders", "worker", "redis"} <= repeat["seconds"].keys()
+    assert {"engine", "loaders", "worker", "redis"} <= repeat["cpu_seconds"].keys()

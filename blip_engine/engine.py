@@ -19,7 +19,6 @@ from typing import Any, Self, TypeAlias, cast
 import numpy as np
 import torch
 
-from .attention import measure_products
 from .batcher import Batcher
 from .checkpoint import find_checkpoint
 from .config import CONFIG_FILE
@@ -82,7 +81,6 @@ class Engine:
         """`device`: auto, cpu, cuda, cuda:N. `precision`: auto, fp32, bf16, fp16. Raises OptionError."""
         self.device = choose_device(device)
         self.dtype = choose_dtype(precision, self.device)
-        self.attention = "products" if measure_products(self.device, self.dtype) else "fused"  # the faster one here
         self.oom_splits = 0  # how often the device ran out of memory and batches were halved
         self._runners: dict[str, CaptionRunner | AnswerRunner | MatchRunner] = {}
         self._infos: dict[str, ModelInfo] = {}
@@ -124,7 +122,9 @@ class Engine:
         info = ModelInfo(name, task, model, checkpoint.revision, checkpoint.weights_sha256(), resident.image_size)
         self._runners[name] = runner_for(task, resident)
         self._infos[name] = info
-        _log.info("%s (%s) is resident on %s in %s, %s attention", model, task, self.device, self.dtype, self.attention)
+        _log.info(
+            "%s (%s) is resident on %s in %s, %s attention", model, task, self.device, self.dtype, resident.attention
+        )
         return info
 
     def image_size(self, model: str) -> tuple[int, int]:

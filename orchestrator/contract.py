@@ -11,7 +11,17 @@ from blip_engine.requests import Task
 
 from .errors import UsageError
 
-ManifestFormat: TypeAlias = Literal["jsonl", "list", "folder"]
+ManifestFormat: TypeAlias = Literal[
+    "jsonl",  # one object a line
+    "ground-truth",  # SageMaker Ground Truth's augmented manifest: objects with `source-ref`
+    "csv",  # with a header
+    "tsv",  # with a header
+    "s3-batch",  # S3 Batch Operations: headerless bucket,key[,version], keys URL-encoded
+    "s3-inventory",  # an S3 Inventory's manifest.json
+    "list",  # one image a line
+    "parquet",
+    "folder",  # or a prefix: every image below it
+]
 FORMATS: Final[tuple[ManifestFormat, ...]] = get_args(ManifestFormat)
 
 Status: TypeAlias = Literal[
@@ -48,6 +58,7 @@ class JobSpec(BaseModel):
     model: str  # hub repository[@revision], local directory, or "demo"
     manifest: str  # s3:// URI or absolute path
     manifest_format: ManifestFormat | None = None  # None: detected
+    columns: dict[str, str] = Field(default_factory=dict)  # our key -> the manifest's name for it
     output: str  # s3:// URI or absolute path of a prefix
     options: dict[str, Any] = Field(default_factory=dict)  # as given; `blip_engine.requests.options_for` reads them
     chunk_rows: int | None = Field(default=None, ge=1, le=10_000)  # None: chosen by the planner

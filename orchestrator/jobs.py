@@ -20,6 +20,7 @@ from .contract import FORMATS, JobSpec, JobState
 from .errors import JobError, ObjectNotFound, UsageError
 from .ledger import Ledger
 from .plan import Plan
+from .rows import checked_columns
 from .settings import Settings
 from .storage import Store, is_s3, open_store, split_s3
 
@@ -34,6 +35,7 @@ def make_spec(
     *,
     model: str | None = None,
     manifest_format: str | None = None,
+    columns: Mapping[str, str] | None = None,
     options: Mapping[str, Any] | None = None,
     chunk_rows: int | None = None,
     max_error_ratio: float = 0.5,
@@ -50,7 +52,7 @@ def make_spec(
         options_for(task, options)
         draft = JobSpec(
             id="draft", task=task, model=_model(model or DEFAULT_MODELS[task]), manifest=manifest_uri(manifest),
-            manifest_format=manifest_format, output=_output(output),
+            manifest_format=manifest_format, columns=checked_columns(columns or {}), output=_output(output),
             options=dict(options or {}), chunk_rows=chunk_rows, max_error_ratio=max_error_ratio, created_at=time.time(),
         )  # fmt: skip
     except OptionError as error:

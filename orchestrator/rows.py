@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
 from blip_engine.requests import Task
 
 from .contract import BadRow, Chunk, ErrorCode, ManifestFormat, Row
-from .errors import ManifestError
+from .errors import ManifestError, UsageError
 
 #: Longer texts are refused before any tokenizer sees them; BLIP reads 512 tokens at most.
 MAX_TEXT: Final = 20_000
@@ -21,6 +22,18 @@ _TEXT_KEYS: Final[dict[Task, tuple[str, str | None]]] = {
     "vqa": ("question", "questions"),
     "itm": ("text", "texts"),
 }
+
+#: The keys of a row that mean something, and that `--column` can give another name.
+KEYS: Final = ("image", "id", "prompt", "question", "questions", "answers", "text", "texts")
+_LIST_KEYS: Final = ("questions", "answers", "texts")
+
+
+def checked_columns(columns: Mapping[str, str]) -> dict[str, str]:
+    """`columns` (our key -> the manifest's name for it). Raises UsageError for keys that mean nothing."""
+    for key, name in columns.items():
+        if key not in KEYS or not name:
+            raise UsageError(f"--column {key}={name}: write KEY=NAME, where KEY is one of {', '.join(KEYS)}")
+    return dict(columns)
 
 
 class _BadRowError(Exception):

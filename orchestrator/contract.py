@@ -24,6 +24,9 @@ ManifestFormat: TypeAlias = Literal[
 ]
 FORMATS: Final[tuple[ManifestFormat, ...]] = get_args(ManifestFormat)
 
+ResultFormat: TypeAlias = Literal["jsonl", "jsonl.gz", "parquet"]
+RESULT_FORMATS: Final[tuple[ResultFormat, ...]] = get_args(ResultFormat)
+
 Status: TypeAlias = Literal[
     "validating",  # known; its manifest is being planned, or its state rebuilt from storage
     "in_progress",  # chunks are handed out
@@ -60,6 +63,7 @@ class JobSpec(BaseModel):
     manifest_format: ManifestFormat | None = None  # None: detected
     columns: dict[str, str] = Field(default_factory=dict)  # our key -> the manifest's name for it
     output: str  # s3:// URI or absolute path of a prefix
+    results: ResultFormat = "jsonl"  # what the parts are written as
     options: dict[str, Any] = Field(default_factory=dict)  # as given; `blip_engine.requests.options_for` reads them
     chunk_rows: int | None = Field(default=None, ge=1, le=10_000)  # None: chosen by the planner
     max_error_ratio: float = Field(default=0.5, ge=0, le=1)  # stop above it, once 1,000 rows are done
@@ -92,10 +96,12 @@ class Hint:
     end: int
     first_row: int
     rows: int
+    round: int = 0  # above 0: only rows without a result are worked on (see `rounds`)
+    todo: int = 0  # how many those are; 0 in round 0, which is about all
 
     @classmethod
-    def of(cls, job: str, plan: str, chunk: Chunk) -> "Hint":
-        return cls(job, chunk.id, plan, chunk.start, chunk.end, chunk.first_row, chunk.rows)
+    def of(cls, job: str, plan: str, chunk: Chunk, round_number: int = 0, todo: int = 0) -> "Hint":
+        return cls(job, chunk.id, plan, chunk.start, chunk.end, chunk.first_row, chunk.rows, round_number, todo)
 
     def as_chunk(self) -> Chunk:
         return Chunk(self.chunk, self.start, self.end, self.first_row, self.rows)
@@ -117,6 +123,8 @@ class Hint:
         hint = cls(**message)
         if hint.end < hint.start or not 1 <= hint.rows <= hint.end - hint.start:
             raise UsageError("not a hint: its range is empty")
+        if (hint.round > 0) != (hint.todo > 0) or hint.todo > hint.rows:
+            raise UsageError("not a hint: its round and its rows do not agree")
         return hint
 
 
@@ -208,6 +216,7 @@ class JobState:
     completed: int
     failed: int
     restored: int = 0  # rows that were in storage already when the job began (again)
+    round: int = 0  # 0: all rows; above: only those that had no result before (`retry`)
     created_at: float | None = None
     in_progress_at: float | None = None
     finalizing_at: float | None = None

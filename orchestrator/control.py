@@ -19,12 +19,13 @@ from typing import Final
 from .broker import make_celery, publish
 from .contract import Hint, JobSpec, JobState
 from .errors import BlipBatchError, JobError, ManifestError, RedisUnavailable, StorageError, UsageError
-from .finalizer import finalize, present_chunks
+from .finalizer import finalize
 from .jobs import claim_output, complete_job_record
 from .ledger import Ledger, StaleEpochError
 from .manifest import require_rows
 from .parts import PartInfo, describe, part_key
 from .plan import Plan, load_plan, make_plan
+from .rounds import present_chunks
 from .settings import Settings
 from .storage import open_store
 
@@ -231,7 +232,7 @@ class Controller:
         """validating → in_progress: the plan, made or found, and what storage holds of the work."""
         store = open_store(spec.output, self.settings)
         if load_plan(store, self.settings) is None:  # a manifest that cannot be read must not claim the output
-            require_rows(spec.manifest, spec.manifest_format, self.settings)
+            require_rows(spec.manifest, spec.manifest_format, self.settings, spec.columns)
         record = claim_output(spec, store)
         plan = make_plan(spec, store, self.settings)
         self._plans[spec.id] = plan

@@ -3,50 +3,34 @@
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 from .contract import JobSpec, JobState, to_line
-from .parts import PREFIX, CheckedPart, PartInfo, as_manifest_row, check, chunk_of, count_codes, part_key
+from .parts import PartInfo, as_manifest_row, count_codes, part_key
 from .plan import Plan
+from .rounds import MergedChunk, is_complete, load_rounds, merged_chunks
 
 ERRORS_KEY: Final = "errors.jsonl"
 SUMMARY_KEY: Final = "summary.json"
-_READERS: Final = 8
 
 
 @dataclass
 class Totals:
-    """What all parts together hold."""
+    """What all chunks together hold."""
 
-    parts: list[PartInfo] = field(default_factory=list)
+    parts: list[tuple[str, PartInfo]] = field(default_factory=list)  # with their keys
     codes: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     failed: int = 0
 
-    def add(self, part: CheckedPart) -> None:
-        self.parts.append(part.info)
-        self.codes.update(count_codes(part.failures))
-        self.rows += part.info.rows
-        self.failed += part.info.failed
-
-
-def present_chunks(plan: Plan) -> set[int]:
-    """The chunks that have a part, by listing."""
-    found = (chunk_of(info.key) for info in plan.store.list(PREFIX))
-    return {chunk for chunk in found if chunk is not None and chunk < plan.chunks}
-
-
-def checked_parts(plan: Plan) -> Iterator[CheckedPart]:
-    """Every part, read and checked, in order; a bounded number of them in memory. Raises PartError and StorageError."""
-    chunks = plan.all_chunks()
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="parts") as pool:
-        while window := list(islice(chunks, 4 * _READERS)):
-            yield from pool.map(lambda chunk: check(plan.store, chunk), window)
+    def add(self, chunk: MergedChunk) -> None:
+        failures = chunk.failures
+        self.parts += [(part_key(part.info.chunk, number), part.info) for number, part in chunk.parts]
+        self.codes.update(count_codes(failures))
+        self.rows += len(chunk.records)
+        self.failed += len(failures)
 
 
 def finalize(spec: JobSpec, plan: Plan, state: JobState) -> dict[str, Any] | None:
@@ -55,17 +39,18 @@ def finalize(spec: JobSpec, plan: Plan, state: JobState) -> dict[str, Any] | Non
     May be killed at any point and run again, or twice at once: what is written follows from the parts.
     Raises PartError and StorageError.
     """
-    if len(present_chunks(plan)) < plan.chunks:
+    rounds = load_rounds(plan)
+    if not is_complete(plan, rounds):
         return None
     totals = Totals()
     with tempfile.NamedTemporaryFile(prefix="blip-errors-") as errors:
-        for part in checked_parts(plan):
-            totals.add(part)
-            errors.writelines(to_line(as_manifest_row(failure)) for failure in part.failures)
+        for chunk in merged_chunks(plan):
+            totals.add(chunk)
+            errors.writelines(to_line(as_manifest_row(failure)) for failure in chunk.failures)
         errors.flush()
-        if totals.failed:
+        if totals.failed or (rounds and plan.store.head(ERRORS_KEY) is not None):  # of the round before: now empty
             plan.store.put_file(ERRORS_KEY, Path(errors.name))
-    return _write_summary(plan, _summary(spec, totals, state))
+    return _write_summary(plan, _summary(spec, totals, state) | {"round": len(rounds)})
 
 
 def read_summary(plan: Plan) -> dict[str, Any]:
@@ -103,7 +88,7 @@ def _summary(spec: JobSpec, totals: Totals, state: JobState) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "images_per_second": round(worked / seconds, 3) if seconds else None,
         "parts": [
-            {"key": part_key(part.chunk), "rows": part.rows, "failed": part.failed, "sha256": part.sha256}
-            for part in totals.parts
+            {"key": key, "rows": part.rows, "failed": part.failed, "sha256": part.sha256}
+            for key, part in totals.parts
         ],
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from typing import Any, Final
 
 from .contract import ERROR_CODES, Chunk, Hint, to_line
 from .errors import JobError
-from .storage import ObjectInfo, Store
+from .storage import Store
 
-PREFIX: Final = "results/part-"
+PREFIX: Final = "results/part-"  # of round 0, which holds every row
+_KEY: Final = re.compile(r"(?:results|rounds/[1-9]\d*)/part-(\d{8,})\.jsonl", re.ASCII)
 _FIELDS: Final = {"row", "id", "image", "task", "result", "error", "input"}
 
 
@@ -30,7 +32,8 @@ class CheckedPart:
     """A part that was read and found right."""
 
     info: PartInfo
-    failures: list[dict[str, Any]]  # its error records, in order
+    records: list[dict[str, Any]]
+    failures: list[dict[str, Any]]  # those of them that are error records
 
 
 class PartError(JobError):
@@ -40,34 +43,43 @@ class PartError(JobError):
         super().__init__("part_invalid", message)
 
 
-def part_key(chunk: int) -> str:
-    return f"{PREFIX}{chunk:08d}.jsonl"
+def part_prefix(round_number: int = 0) -> str:
+    """Where the parts of a round are (see `rounds`)."""
+    return f"rounds/{round_number}/part-" if round_number else PREFIX
+
+
+def part_key(chunk: int, round_number: int = 0) -> str:
+    return f"{part_prefix(round_number)}{chunk:08d}.jsonl"
 
 
 def chunk_of(key: str) -> int | None:
-    """The chunk of a part's key; None for other objects."""
-    number = key.removeprefix(PREFIX).removesuffix(".jsonl")
-    return int(number) if number.isdecimal() and number.isascii() and key == part_key(int(number)) else None
+    """The chunk of a part's key, of any round; None for other objects."""
+    found = _KEY.fullmatch(key)
+    return int(found[1]) if found and f"part-{int(found[1]):08d}" in key else None
 
 
-def put_part(store: Store, hint: Hint, records: Sequence[dict[str, Any]], weights_sha256: str) -> PartInfo:
+def put_part(
+    store: Store, hint: Hint, records: Sequence[dict[str, Any]], weights_sha256: str,
+    numbers: Sequence[int] | None = None,
+) -> PartInfo:  # fmt: skip
     """Writes a chunk's part unless it exists, and returns what is there then: ours, or the one that was first.
 
-    Raises PartError for records that are not the chunk's rows in order, and StorageError.
+    `numbers`: the rows it must hold; None: all of the chunk's.
+    Raises PartError for records that are not these rows in order, and StorageError.
     """
-    numbers = [record["row"] for record in records]
-    if numbers != list(range(hint.first_row, hint.first_row + hint.rows)):
+    expected = range(hint.first_row, hint.first_row + hint.rows) if numbers is None else numbers
+    if [record["row"] for record in records] != list(expected):
         raise PartError(f"chunk {hint.chunk}: its records are not its rows; nothing was written")
     data = b"".join(to_line(record) for record in records)
     failed = sum(1 for record in records if record["error"] is not None)
-    info = PartInfo(hint.chunk, hint.rows, failed, hashlib.sha256(data).hexdigest())
+    info = PartInfo(hint.chunk, len(records), failed, hashlib.sha256(data).hexdigest())
     metadata = {
         "rows": str(info.rows), "failed": str(failed), "sha256": info.sha256, "plan": hint.plan,
         "weights": weights_sha256,
     }  # fmt: skip
-    if store.put_new(part_key(hint.chunk), data, metadata=metadata):
+    if store.put_new(part_key(hint.chunk, hint.round), data, metadata=metadata):
         return info
-    return describe(store, part_key(hint.chunk)) or info
+    return describe(store, part_key(hint.chunk, hint.round)) or info
 
 
 def describe(store: Store, key: str) -> PartInfo | None:
@@ -79,33 +91,32 @@ def describe(store: Store, key: str) -> PartInfo | None:
     if {"rows", "failed", "sha256"} <= set(head.metadata):
         meta = head.metadata
         return PartInfo(chunk, int(meta["rows"]), int(meta["failed"]), meta["sha256"])
-    data = store.get(key)
-    records = list(_records(key, data))
+    records, digest = read_part(store, key)
     failed = sum(1 for record in records if record.get("error") is not None)
-    return PartInfo(chunk, len(records), failed, hashlib.sha256(data).hexdigest())
+    return PartInfo(chunk, len(records), failed, digest)
 
 
-def check(store: Store, chunk: Chunk, found: ObjectInfo | None = None) -> CheckedPart:
-    """Reads a chunk's part and checks each record against the plan, and the checksum where the store keeps it.
+def read_part(store: Store, key: str) -> tuple[list[dict[str, Any]], str]:
+    """A part's records as they are, and the checksum of its bytes. Raises PartError and StorageError."""
+    data = store.get(key)
+    return list(_records(store.uri(key), data)), hashlib.sha256(data).hexdigest()
+
+
+def check(store: Store, chunk: Chunk, round_number: int = 0, numbers: Sequence[int] | None = None) -> CheckedPart:
+    """Reads a chunk's part and checks each record: `numbers` are its rows, or, when None, the chunk's by the plan.
 
     Raises PartError with the first thing that is wrong, and StorageError.
     """
-    key = part_key(chunk.id)
-    data = store.get(key, etag=found.etag if found else None)
-    digest = hashlib.sha256(data).hexdigest()
-    expected = chunk.first_row
-    failures = []
-    for record in _records(key, data):
-        problem = _problem(record, expected)
-        if problem:
-            raise PartError(f"{store.uri(key)}: {problem}; {_WAY_OUT}")
-        if record["error"] is not None:
-            failures.append(record)
-        expected += 1
-    rows = expected - chunk.first_row
-    if rows != chunk.rows:
-        raise PartError(f"{store.uri(key)}: {rows} rows instead of {chunk.rows}; {_WAY_OUT}")
-    return CheckedPart(PartInfo(chunk.id, rows, len(failures), digest), failures)
+    key = part_key(chunk.id, round_number)
+    records, digest = read_part(store, key)
+    expected = range(chunk.first_row, chunk.first_row + chunk.rows) if numbers is None else numbers
+    problem = next(filter(None, map(_problem, records, expected)), None)
+    if problem is None and len(records) != len(expected):
+        problem = f"{len(records)} rows instead of {len(expected)}"
+    if problem:
+        raise PartError(f"{store.uri(key)}: {problem}; {_WAY_OUT}")
+    failures = [record for record in records if record["error"] is not None]
+    return CheckedPart(PartInfo(chunk.id, len(records), len(failures), digest), records, failures)
 
 
 _WAY_OUT: Final = "delete this part and run the job again"

@@ -1,13 +1,15 @@
 """An audit of an output, from object storage alone: is every row of the plan there, exactly once, as it was written?"""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from .errors import ObjectNotFound, StorageError, UsageError
-from .finalizer import SUMMARY_KEY, Totals, present_chunks
-from .parts import PREFIX, PartError, PartInfo, check, chunk_of, part_key
+from .finalizer import SUMMARY_KEY, Totals
+from .parts import PREFIX, PartError, PartInfo, chunk_of, part_key, part_prefix
 from .plan import Plan, load_plan
+from .rounds import Round, last_part, load_rounds, merged_chunk, round_key
 from .settings import Settings, load_settings
 from .storage import open_store
 
@@ -24,7 +26,8 @@ class Audit:
     failed: int = 0  # of the rows found, those with error records
     chunks: int = 0
     parts: int = 0
-    complete: bool = False  # summary.json is there
+    rounds: int = 1  # passes: the first, and one for each retry
+    complete: bool = False  # summary.json is there, of the last round
     problem_count: int = 0
     problems: list[str] = field(default_factory=list)  # the first hundred
 
@@ -49,42 +52,57 @@ def verify(output: str, settings: Settings | None = None) -> Audit:
     if plan is None:
         raise UsageError(f"{output} holds no job: there is no plan/plan.json")
     audit = Audit(output, rows_planned=plan.rows, chunks=plan.chunks)
-    totals = _audit_parts(plan, audit)
+    rounds = load_rounds(plan)
+    totals = _audit_parts(plan, rounds, audit)
     audit.parts, audit.rows_found, audit.failed = len(totals.parts), totals.rows, totals.failed
+    audit.rounds = 1 + len(rounds)
     _audit_summary(plan, totals, audit)
     return audit
 
 
-def _audit_parts(plan: Plan, audit: Audit) -> Totals:
+def _audit_parts(plan: Plan, rounds: Sequence[Round], audit: Audit) -> Totals:
+    _audit_names(plan, rounds, audit)
     totals = Totals()
-    present = present_chunks(plan)
-    for info in plan.store.list(PREFIX):
-        if chunk_of(info.key) not in present:
-            audit.report(f"{info.key}: no chunk of the plan")
     for chunk in plan.all_chunks():
-        if chunk.id not in present:
-            audit.report(
-                f"{part_key(chunk.id)} is missing: rows {chunk.first_row} to {chunk.first_row + chunk.rows - 1}"
-            )
-            continue
         try:
-            part = check(plan.store, chunk)
-        except (PartError, ObjectNotFound) as error:
+            merged = merged_chunk(plan, chunk, rounds)
+        except ObjectNotFound:
+            number, rows = last_part(chunk, rounds)
+            key, last = part_key(chunk.id, number), chunk.first_row + chunk.rows - 1
+            which = f"rows {chunk.first_row} to {last}" if rows == chunk.rows else f"{rows} rows of round {number}"
+            audit.report(f"{key} is missing: {which}")
+            continue
+        except PartError as error:
             audit.report(str(error))
             continue
-        _audit_metadata(plan, part.info, audit)
-        totals.add(part)
+        for number, part in merged.parts:
+            _audit_metadata(plan, part_key(chunk.id, number), part.info, audit)
+        totals.add(merged)
     return totals
 
 
-def _audit_metadata(plan: Plan, part: PartInfo, audit: Audit) -> None:
+def _audit_names(plan: Plan, rounds: Sequence[Round], audit: Audit) -> None:
+    """Reports parts that no chunk of the plan, or none of the round, can have."""
+    for info in plan.store.list(PREFIX):
+        chunk = chunk_of(info.key)
+        if chunk is None or chunk >= plan.chunks:
+            audit.report(f"{info.key}: no chunk of the plan")
+    known = {round_key(this.number) for this in rounds}
+    prefixes = {part_prefix(this.number): this for this in rounds}
+    for info in plan.store.list("rounds/"):
+        chunk, this = chunk_of(info.key), prefixes.get(info.key.rpartition("-")[0] + "-")
+        if info.key not in known and (chunk is None or this is None or not this.rows_of(chunk)):
+            audit.report(f"{info.key}: no chunk of a round")
+
+
+def _audit_metadata(plan: Plan, key: str, part: PartInfo, audit: Audit) -> None:
     """Where the store keeps metadata (S3): what the part's writer said of it must be what it is."""
-    head = plan.store.head(part_key(part.chunk))
+    head = plan.store.head(key)
     known = head.metadata if head else {}
     actual = {"rows": str(part.rows), "failed": str(part.failed), "sha256": part.sha256, "plan": plan.hash}
     for name, value in actual.items():
         if known.get(name, value) != value:
-            audit.report(f"{part_key(part.chunk)}: its {name} is {value}, its metadata says {known[name]}")
+            audit.report(f"{key}: its {name} is {value}, its metadata says {known[name]}")
 
 
 def _audit_summary(plan: Plan, totals: Totals, audit: Audit) -> None:
@@ -95,11 +113,14 @@ def _audit_summary(plan: Plan, totals: Totals, audit: Audit) -> None:
         return
     except ValueError:
         raise StorageError(f"{plan.store.uri(SUMMARY_KEY)} is not JSON") from None
+    if summary.get("round", 0) != audit.rounds - 1:
+        audit.report(f"summary.json is of round {summary.get('round', 0)}: round {audit.rounds - 1} is not complete")
+        return
     audit.complete = True
     written = {part["key"]: part["sha256"] for part in summary["parts"]}
-    for part in totals.parts:
-        if written.get(part_key(part.chunk)) != part.sha256:
-            audit.report(f"{part_key(part.chunk)}: its checksum is not the one in summary.json")
+    for key, part in totals.parts:
+        if written.get(key) != part.sha256:
+            audit.report(f"{key}: its checksum is not the one in summary.json")
     counts = {"total": totals.rows, "completed": totals.rows - totals.failed, "failed": totals.failed}
     if summary["request_counts"] != counts:
         audit.report(f"summary.json counts {summary['request_counts']}, the parts hold {counts}")

@@ -156,7 +156,7 @@ def test_parts_are_checked_against_their_chunk(tmp_path: Path) -> None:
     for content, says in (
         (good[:-5], "cut off"),
         (good[: good.index(b"\n") + 1], "1 rows instead of 3"),
-        (good + good, "row 20 where row 23"),
+        (good + good, "6 rows instead of 3"),
         (good.replace(b'"row": 21', b'"row": 22'), "row 22 where row 21"),
         (good.replace(b"crashed", b"bored"), "unknown error code"),
         (good.replace(b'"error": null', b'"error": {"code": "internal"}', 1), "neither result nor error, or both"),

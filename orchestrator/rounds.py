@@ -1,0 +1,205 @@
+"""Rounds: the first pass over all rows is round 0; each `retry` is a further one, of the rows without a result.
+
+results/part-00000042.jsonl      round 0: every row of chunk 42
+rounds/1/round.json              the chunks with rows to do again, and how many; its presence begins the round
+rounds/1/part-00000042.jsonl     those rows of chunk 42
+
+Nothing is ever overwritten. A row's outcome is its record in the latest round that has one, so which rows a round is
+about follows from the parts before it, for every process alike.
+"""
+
+import json
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any, Final
+
+from .contract import Chunk
+from .errors import JobError, ObjectNotFound
+from .parts import CheckedPart, PartError, check, chunk_of, describe, part_key, part_prefix, read_part
+from .plan import Plan
+from .storage import Store
+
+_READERS: Final = 8
+_WINDOW: Final = 2 * _READERS  # chunks held in memory at once
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A round after the first: which chunks have rows without a result."""
+
+    number: int  # from 1
+    chunks: "array[int]"  # ascending
+    rows: "array[int]"  # of each, how many
+
+    def rows_of(self, chunk: int) -> int:
+        """How many rows of the chunk belong to the round; 0: none."""
+        at = bisect_left(self.chunks, chunk)
+        return self.rows[at] if at < len(self.chunks) and self.chunks[at] == chunk else 0
+
+
+@dataclass(frozen=True, slots=True)
+class MergedChunk:
+    """A chunk's outcome: one record per row, the latest round's."""
+
+    parts: list[tuple[int, CheckedPart]]  # (round, part), the first round first
+    records: list[dict[str, Any]]
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        """The error records, in order."""
+        return [record for record in self.records if record["error"] is not None]
+
+
+def round_key(number: int) -> str:
+    return f"rounds/{number}/round.json"
+
+
+def load_rounds(plan: Plan) -> list[Round]:
+    """The rounds after the first that were begun, oldest first. Raises JobError and StorageError."""
+    found: list[Round] = []
+    for number in count(1):
+        try:
+            text = plan.store.get(round_key(number))
+        except ObjectNotFound:
+            return found
+        found.append(_read_round(plan, number, text))
+    raise AssertionError  # `count` does not end
+
+
+def _read_round(plan: Plan, number: int, text: bytes) -> Round:
+    try:
+        content = json.loads(text)
+        this = Round(number, array("q", content["chunks"]), array("q", content["rows"]))
+        if content["plan"] == plan.hash and len(this.chunks) == len(this.rows) > 0:
+            return this
+    except (ValueError, TypeError, KeyError):  # told below
+        pass
+    uri = plan.store.uri(round_key(number))
+    raise JobError("round_invalid", f"{uri} is no round of this plan; delete rounds/{number}/ and retry again")
+
+
+def begin_round(plan: Plan, rounds: Sequence[Round]) -> Round | None:
+    """Begins the round after `rounds`, or finds it begun; None when every row has a result.
+
+    May be killed at any point, and run twice at once: the first `round.json` stays. Raises StorageError.
+    """
+    chunks, rows = array("q"), array("q")
+    for chunk, left in _unresolved(plan, rounds):
+        if left:
+            chunks.append(chunk)
+            rows.append(left)
+    if not chunks:
+        return None
+    number = len(rounds) + 1
+    content = {"round": number, "plan": plan.hash, "chunks": chunks.tolist(), "rows": rows.tolist()}
+    plan.store.put_new(round_key(number), json.dumps(content).encode() + b"\n")
+    return load_rounds(plan)[number - 1]
+
+
+def _unresolved(plan: Plan, rounds: Sequence[Round]) -> Iterator[tuple[int, int]]:
+    """Each chunk and its rows without a result: the failed ones of its last part, all where that is missing."""
+
+    def look(chunk: Chunk) -> tuple[int, int]:
+        number, rows = last_part(chunk, rounds)
+        part = describe(plan.store, part_key(chunk.id, number))
+        return chunk.id, rows if part is None else part.failed
+
+    chunks = plan.all_chunks()
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="parts") as pool:
+        while window := list(islice(chunks, 32 * _READERS)):
+            yield from pool.map(look, window)
+
+
+def last_part(chunk: Chunk, rounds: Sequence[Round]) -> tuple[int, int]:
+    """The last round that the chunk belongs to, and how many of its rows."""
+    for this in reversed(rounds):
+        if rows := this.rows_of(chunk.id):
+            return this.number, rows
+    return 0, chunk.rows
+
+
+def present_chunks(plan: Plan, number: int = 0) -> set[int]:
+    """The chunks that have a part of that round, by listing."""
+    found = (chunk_of(info.key) for info in plan.store.list(part_prefix(number)))
+    return {chunk for chunk in found if chunk is not None and chunk < plan.chunks}
+
+
+def is_complete(plan: Plan, rounds: Sequence[Round]) -> bool:
+    """Whether the last round has all of its parts. Raises StorageError."""
+    if not rounds:
+        return len(present_chunks(plan)) == plan.chunks
+    return present_chunks(plan, rounds[-1].number).issuperset(rounds[-1].chunks)
+
+
+def numbers_to_do(store: Store, chunk: Chunk, number: int, todo: int) -> list[int]:
+    """The row numbers that round `number` of the chunk is about: the `todo` rows without a result before it.
+
+    Raises PartError when the parts before do not agree with that, and StorageError.
+    """
+    every = range(chunk.first_row, chunk.first_row + chunk.rows)
+    if todo == chunk.rows:
+        return list(every)
+    latest: dict[int, bool] = {}
+    for earlier in range(number):
+        try:
+            records, _ = read_part(store, part_key(chunk.id, earlier))
+        except ObjectNotFound:  # the chunk has no part in that round
+            continue
+        latest.update((record["row"], record["error"] is None) for record in records)
+    missing = [row for row in every if not latest.get(row, False)]
+    if len(missing) != todo:
+        raise PartError(
+            f"chunk {chunk.id}: {len(missing)} rows have no result, round {number} was begun with {todo}; "
+            "a part was changed: put it back"
+        )
+    return missing
+
+
+def merged_chunk(plan: Plan, chunk: Chunk, rounds: Sequence[Round]) -> MergedChunk:
+    """Reads and checks all parts of a chunk. Raises PartError, and StorageError (ObjectNotFound: no part)."""
+    parts: list[tuple[int, CheckedPart]] = []
+    latest: dict[int, dict[str, Any]] = {}
+    for number, rows in _parts_of(chunk, rounds):
+        every = list(range(chunk.first_row, chunk.first_row + chunk.rows))
+        numbers = every if rows == chunk.rows else [n for n in every if n not in latest or latest[n]["error"]]
+        if len(numbers) != rows:
+            uri = plan.store.uri(part_key(chunk.id, number))
+            raise PartError(f"{uri}: round {number} is about {rows} rows, {len(numbers)} have no result before it")
+        try:
+            part = check(plan.store, chunk, number, numbers)
+        except ObjectNotFound:
+            if number == 0 and last_part(chunk, rounds) != (0, chunk.rows):  # a later round did all of its rows
+                continue
+            raise
+        parts.append((number, part))
+        latest.update((record["row"], record) for record in part.records)
+    return MergedChunk(parts, [latest[row] for row in sorted(latest)])
+
+
+def _parts_of(chunk: Chunk, rounds: Sequence[Round]) -> Iterator[tuple[int, int]]:
+    """The rounds that the chunk belongs to, oldest first, with the number of its rows in each."""
+    yield 0, chunk.rows
+    for this in rounds:
+        if rows := this.rows_of(chunk.id):
+            yield this.number, rows
+
+
+def merged_chunks(plan: Plan) -> Iterator[MergedChunk]:
+    """Every chunk, checked, in order; a bounded number of them in memory. Raises PartError and StorageError."""
+    rounds, chunks = load_rounds(plan), plan.all_chunks()
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="parts") as pool:
+        while window := list(islice(chunks, _WINDOW)):
+            yield from pool.map(lambda chunk: merged_chunk(plan, chunk, rounds), window)
+
+
+def latest_records(plan: Plan) -> Iterator[dict[str, Any]]:
+    """The records of an output in manifest order, exactly one per row, the latest round's.
+
+    In memory at once: the records of `_WINDOW` chunks. Raises PartError when something is missing or wrong.
+    """
+    for chunk in merged_chunks(plan):
+        yield from chunk.records

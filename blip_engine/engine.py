@@ -78,9 +78,9 @@ class Engine:
     """
 
     def __init__(self, device: str = "auto", precision: str = "auto") -> None:
-        """`device`: auto, cpu, cuda, cuda:N. `precision`: auto, fp32, bf16, fp16. Raises OptionError."""
+        """`device`: auto, cpu, cuda, cuda:N. `precision`: auto, fp32, bf16, fp16, int8. Raises OptionError."""
         self.device = choose_device(device)
-        self.dtype = choose_dtype(precision, self.device)
+        self.dtype, self._int8 = choose_dtype(precision, self.device), precision == "int8"
         self.oom_splits = 0  # how often the device ran out of memory and batches were halved
         self._runners: dict[str, CaptionRunner | AnswerRunner | MatchRunner] = {}
         self._infos: dict[str, ModelInfo] = {}
@@ -118,7 +118,7 @@ class Engine:
                 raise CheckpointError(f"the name {name!r} is taken by {held.source} ({held.task}); choose another")
             return held
         checkpoint = find_checkpoint(model, task=task)
-        resident: ResidentModel[Any] = ResidentModel(checkpoint, task, self.device, self.dtype, image_size)
+        resident: ResidentModel[Any] = ResidentModel(checkpoint, task, self.device, self.dtype, image_size, self._int8)
         info = ModelInfo(name, task, model, checkpoint.revision, checkpoint.weights_sha256(), resident.image_size)
         self._runners[name] = runner_for(task, resident)
         self._infos[name] = info

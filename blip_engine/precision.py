@@ -6,9 +6,9 @@ import torch
 
 from .errors import OptionError
 
-Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
+Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
-_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 
 
 def choose_device(device: str) -> torch.device:
@@ -28,10 +28,13 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The type of weights and activations; log-probabilities and scores are float32 whatever it is.
 
     `auto`: bfloat16 where the hardware multiplies it (GPUs from Ampere on, CPUs with AVX512-BF16 or AMX), else float16
-    on a GPU and float32 on a CPU. Raises OptionError for an unknown policy.
+    on a GPU and float32 on a CPU. `int8`, on a CPU only: the large products in int8, the rest in bfloat16. Raises
+    OptionError for an unknown policy, or one that the device has not.
     """
     if precision not in get_args(Precision):
         raise OptionError(f"precision {precision!r} is unknown; use one of {', '.join(get_args(Precision))}")
+    if precision == "int8" and device.type != "cpu":
+        raise OptionError(f"precision 'int8' is for CPUs, not {device.type}; use bf16 or fp16")
     if precision != "auto":
         return _DTYPES[precision]
     if device.type == "cuda":

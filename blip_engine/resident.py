@@ -7,8 +7,9 @@ rounded up to a power of two, their length to a multiple of LENGTH_STEP. So a re
 its neighbours', and rows never mix: its results are bit for bit the same alone, in a crowd and at any place in it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import Any, Final, Generic, TypeVar, cast
 
@@ -20,7 +21,9 @@ from torch.nn import functional as F
 from .attention import measure_products, split_heads
 from .cache import CrossKeys
 from .checkpoint import Checkpoint
+from .errors import OptionError
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from .packing import Int8Linear, PackedLinear, can_pack, pack_linears
 from .processor import BlipProcessor
 from .requests import Task
 from .text import BlipTextModel
@@ -103,6 +106,7 @@ class ResidentModel(Generic[ModelT]):
         device: torch.device,
         dtype: torch.dtype,
         image_size: int | None = None,
+        int8: bool = False,
     ) -> None:
         self.model: ModelT = MODEL_CLASSES[task].from_checkpoint(checkpoint, dtype, device)  # type: ignore[assignment]
         if image_size is not None:
@@ -118,8 +122,15 @@ class ResidentModel(Generic[ModelT]):
         attentions = [layer.crossattention.self for layer in layers]
         projections = [p for attention in attentions for p in (attention.key, attention.value)]
         # One matrix for the keys and values of all layers: one large product, not 2 * layers small ones.
-        self._cross_weight = torch.cat([p.weight for p in projections]).detach()
-        self._cross_bias = torch.cat([p.bias for p in projections]).detach()
+        weight = torch.cat([p.weight for p in projections]).detach()
+        bias = torch.cat([p.bias for p in projections]).detach()
+        self._cross: Callable[[Tensor], Tensor] = partial(F.linear, weight=weight, bias=bias)
+        kind = Int8Linear if int8 else PackedLinear
+        if can_pack(device, dtype, kind):
+            pack_linears(self.model, int8)
+            self._cross = kind(weight, bias)
+        elif int8:
+            raise OptionError(f"precision 'int8' does not run on this {device.type} with torch {torch.__version__}")
 
     def _attending_text(self) -> BlipTextModel:
         model = self.model
@@ -158,7 +169,7 @@ class ResidentModel(Generic[ModelT]):
 
     def _project_cross(self, states: Tensor) -> CrossKeys:
         heads, layers = self.model.config.text_config.num_attention_heads, len(self._attending_text().encoder.layer)
-        parts = F.linear(states, self._cross_weight, self._cross_bias).chunk(2 * layers, dim=-1)
+        parts = self._cross(states).chunk(2 * layers, dim=-1)
         split = [split_heads(part, heads) for part in parts]
         return list(zip(split[::2], split[1::2], strict=True))
 

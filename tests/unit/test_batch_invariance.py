@@ -19,7 +19,7 @@ from blip_engine.requests import TASKS, MatchOptions, Request, Result, Task, opt
 from blip_engine.resident import ResidentModel
 from blip_engine.runner import Runner, runner_for
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 TEXTS: dict[Task, list[tuple[str, ...]]] = {
     "caption": [("",), ("a dog",), ("",), ("the picture of a red cat on the left is",), ("a", ""), ("",)],
     "vqa": [
@@ -54,7 +54,11 @@ def runner(
 ) -> Runner[Any]:
     if not (folder / "config.json").is_file():
         save_checkpoint(folder, task, **(config or {}))
-    resident: ResidentModel[Any] = ResidentModel(find_checkpoint(folder), task, device, DTYPES[dtype])
+    if dtype == "int8" and device.type != "cpu":
+        pytest.skip("int8 is for CPUs")
+    resident: ResidentModel[Any] = ResidentModel(
+        find_checkpoint(folder), task, device, DTYPES[dtype], int8=dtype == "int8"
+    )
     return runner_for(task, resident)
 
 

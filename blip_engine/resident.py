@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from .attention import measure_products, split_heads
 from .cache import CrossKeys
 from .checkpoint import Checkpoint
+from .config import BlipConfig
 from .errors import OptionError
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from .packing import Int8Linear, PackedLinear, can_pack, pack_linears
@@ -30,6 +31,7 @@ from .text import BlipTextModel
 from .text_layers import BlipTextLayer
 
 LENGTH_STEP: Final = 16  # tokens: wide enough that most questions share one width, and with it their batches
+_USUAL_BEAMS: Final = 3
 MOST_IN_GROUP: Final = 8  # texts; further ones of a request make another group
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -44,6 +46,11 @@ MODEL_CLASSES: Final[dict[Task, type[TaskModel]]] = {
 }
 
 
+def _tokens(config: BlipConfig) -> int:
+    """Of an image, the class token included."""
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+
+
 @dataclass(frozen=True)
 class Shapes:
     """The fixed batch sizes of a resident model."""
@@ -52,11 +59,24 @@ class Shapes:
     groups: int  # of texts; also how many requests run together: more than `images`, for decoding gains more from it
 
     @classmethod
-    def fitting(cls, tokens_per_image: int, device: torch.device) -> "Shapes":
-        """Sizes that fill the device: about 2,048 vision tokens at once on a CPU, 32,768 on a GPU."""
-        budget, factor = (32768, 2) if device.type == "cuda" else (2048, 4)
-        images = 1 << max(2, (budget // tokens_per_image).bit_length() - 1)
-        return cls(images, images * factor)
+    def fitting(cls, config: BlipConfig, device: torch.device, dtype: torch.dtype) -> "Shapes":
+        """Sizes that fill the device: about 2,048 vision tokens at once on a CPU, 32,768 on a GPU with the memory."""
+        budget, factor = (32768, 8) if device.type == "cuda" else (2048, 4)
+        images = 1 << max(2, (budget // _tokens(config)).bit_length() - 1)
+        shapes = cls(images, images * factor)
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]  # bytes, the weights already taken
+            while shapes.memory(config, dtype) > free // 2 and shapes.images > 1:
+                shapes = shapes.halved()
+        return shapes
+
+    def memory(self, config: BlipConfig, dtype: torch.dtype) -> int:
+        """Bytes that a step takes at most, roughly: states of a vision layer, keys and values, logits of the beams."""
+        vision, text, seen = config.vision_config, config.text_config, _tokens(config)
+        layer = seen * (2 * vision.intermediate_size + 8 * vision.hidden_size) * dtype.itemsize
+        keys = 2 * text.num_hidden_layers * text.hidden_size * seen * dtype.itemsize
+        logits = 4 * _USUAL_BEAMS * text.vocab_size * 4  # of four texts, in float32
+        return self.images * layer + self.groups * (2 * keys + 4 * logits)  # graphs read copies; searches make some
 
     def groups_of(self, size: int) -> int:
         """How many groups of `size` texts a batch has: fewer large ones, for few requests fill few rows."""
@@ -112,11 +132,13 @@ class ResidentModel(Generic[ModelT]):
         if image_size is not None:
             self.model.vision_model.resize_images(image_size)
         self.processor = BlipProcessor.from_directory(checkpoint.directory)
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in the patches' convolution too
         self.device, self.dtype = device, dtype
         self.attention = "product" if measure_products(device, dtype) else "fused"  # the faster one here
         vision = self.model.config.vision_config
         self.image_size = (vision.image_size, vision.image_size)
-        self.shapes = Shapes.fitting((vision.image_size // vision.patch_size) ** 2 + 1, device)
+        self.shapes = Shapes.fitting(self.model.config, device, dtype)
         self._levels = self._normalised_levels().to(device, dtype)
         layers = cast(Iterable[BlipTextLayer], self._attending_text().encoder.layer)
         attentions = [layer.crossattention.self for layer in layers]
@@ -164,6 +186,8 @@ class ResidentModel(Generic[ModelT]):
         return states
 
     def _normalise(self, block: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            block = block.pin_memory()  # else the copy waits for the device
         levels = block.to(self.device, non_blocking=True).permute(0, 3, 1, 2).int()
         return torch.stack([self._levels[channel][levels[:, channel]] for channel in range(3)], dim=1)
 

@@ -23,6 +23,8 @@ class Settings(BaseSettings):
     lead_seconds: float = Field(default=10, gt=0)  # a silent control loop is replaced after this long
     max_attempts: int = Field(default=6, ge=1)  # starts of a chunk, before its unfinished rows get error records
 
+    price_per_worker_hour: float | None = Field(default=None, ge=0)  # for the estimated cost of a job; unset: none
+
     # What a manifest may point to.
     # Buckets ("photos") or prefixes ("photos/2024/") that rows may name as s3:// images, comma-separated; "*" is any.
     # Empty: the manifest's own bucket, and no bucket for a manifest on local disk.
@@ -38,16 +40,24 @@ class Settings(BaseSettings):
     allow_unconditional_put: bool = False
 
     # Workers.
+    # Models ("demo", hub names, directories) that this worker serves, comma-separated; it gets no other jobs, and these
+    # jobs go to no worker without the setting. Empty: it takes any job, and loads what that names.
+    models: Annotated[tuple[str, ...], NoDecode] = ()
     worker_threads: int = Field(default=2, ge=1)  # chunks worked on at once
     loaders: int = Field(default=0, ge=0)  # processes that fetch and decode; 0: one for each two cores, at most 8
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    precision: str = "auto"  # auto, fp32, bf16, fp16
+    precision: str = "auto"  # auto, fp32, bf16, fp16, int8
     drain_seconds: float = Field(default=25, ge=0)  # after SIGTERM: what finishes within this is kept
-    slots: int = Field(default=128, ge=1)  # decoded images held at once; they bound the memory of a worker
+    slots: int = Field(default=512, ge=1)  # decoded images held at once; they bound the memory of a worker
     loader_timeout_seconds: float = Field(default=60, gt=0)  # an image that keeps a loader longer fails
     engine_timeout_seconds: float = Field(default=300, gt=0)  # an engine silent for longer over work is restarted
     model_timeout_seconds: float = Field(default=1800, gt=0)  # for loading a checkpoint, its download included
     engine: str = "blip_engine.engine:Engine"  # module:factory; another one for fault tests and dry runs
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("allowed_buckets", mode="before")
     @classmethod

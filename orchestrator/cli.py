@@ -8,7 +8,7 @@ from typer.main import get_command
 
 from blip_engine.errors import BlipError
 
-from .cli_run import register
+from .cli_run import Column, given_columns, register
 from .errors import BlipBatchError
 from .report import EXIT_FAILED, EXIT_INTERRUPTED, print_error, print_json, print_line
 
@@ -26,12 +26,13 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.
 
 
 @app.command()
-def plan(
+def plan(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
     manifest: Annotated[str, typer.Argument(help="Manifest file, folder or s3:// URI.")],
     task: Annotated[str, typer.Option(help="caption, vqa or itm: decides which rows are bad.")] = "caption",
     manifest_format: Annotated[
-        str | None, typer.Option("--format", help="jsonl, list or folder; detected if left out.")
+        str | None, typer.Option("--format", help="Instead of detection; a wrong one lists them all.")
     ] = None,
+    column: Column = None,
     chunk_rows: Annotated[int | None, typer.Option(help="Rows in a chunk; chosen if left out.")] = None,
     rows_per_second: Annotated[
         float | None, typer.Option(min=1e-6, help="Your measured speed of one worker, for the estimate.")
@@ -43,14 +44,17 @@ def plan(
     """Dry run: what a manifest holds, and how it would be cut into chunks. Writes nothing."""
     from .dry_run import dry_run, estimate  # noqa: PLC0415
 
-    report = dry_run(manifest, task, manifest_format, chunk_rows)
+    report = dry_run(manifest, task, manifest_format, chunk_rows, given_columns(column))
     if rows_per_second:
         report["estimate"] = estimate(report["rows"], rows_per_second, workers, cost_per_hour)
     if as_json:
         print_json(report)
         return
-    for name in ("manifest", "format", "rows", "bad_rows", "chunks", "chunk_rows"):
-        print_line(f"{name:<12}{report[name]}")
+    for name in ("manifest", "format", "compression", "rows", "bad_rows", "chunks", "chunk_rows"):
+        if report[name] is not None:
+            print_line(f"{name:<12}{report[name]}")
+    for name, count in report["skipped"].items():
+        print_line(f"{'skipped':<12}{count} {name}")
     for name, value in report.get("estimate", {}).items():
         print_line(f"{name:<12}{value}")
     for row in report["first_rows"]:

@@ -25,6 +25,7 @@ _SHOWN: Final = 4  # rows of each task in the demo's table
 Workers = Annotated[int, typer.Option(min=1, max=64, help="Worker processes on this machine; each holds the model.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [BLIP_DEVICE].")]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16 [BLIP_PRECISION].")]
+Column = Annotated[list[str] | None, typer.Option(help="image=url_col: the manifest's name for a key; repeatable.")]
 Redis = Annotated[str | None, typer.Option(help="A redis-server program to use [BLIP_REDIS_BINARY].")]
 
 
@@ -37,13 +38,14 @@ def register(app: typer.Typer) -> None:
 
 
 def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
-    manifest: Annotated[str, typer.Argument(help="JSON Lines, a list of images, or a folder; a path or s3:// URI.")],
+    manifest: Annotated[str, typer.Argument(help="A manifest file, or a folder of images; a path or s3:// URI.")],
     task: Annotated[str, typer.Option(help="caption, vqa or itm.")],
     output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the results.")],
     model: Annotated[str | None, typer.Option(help="Hub repository[@revision], directory, or demo.")] = None,
     workers: Workers = 1,
     option: Annotated[list[str] | None, typer.Option(help="An option of the task, name=value; repeatable.")] = None,
-    manifest_format: Annotated[str | None, typer.Option("--format", help="jsonl, list or folder.")] = None,
+    manifest_format: Annotated[str | None, typer.Option("--format", help="Instead of detection.")] = None,
+    column: Column = None,
     chunk_rows: Annotated[int | None, typer.Option(min=1, max=10_000, help="Rows in each part.")] = None,
     max_error_ratio: Annotated[float, typer.Option(min=0, max=1, help="Stop above it, after 1,000 rows.")] = 0.5,
     device: Device = None,
@@ -54,8 +56,8 @@ def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
     from .jobs import make_spec  # noqa: PLC0415
 
     spec = make_spec(
-        manifest, task, output, model=model, manifest_format=manifest_format, options=_options(option or []),
-        chunk_rows=chunk_rows, max_error_ratio=max_error_ratio,
+        manifest, task, output, model=model, manifest_format=manifest_format, columns=given_columns(column),
+        options=_options(option or []), chunk_rows=chunk_rows, max_error_ratio=max_error_ratio,
     )  # fmt: skip
     (summary,) = _run_jobs([spec], workers, redis, device=device, precision=precision)
     _print_summary(spec, summary)
@@ -101,6 +103,17 @@ def convert(
     options = [f"--image-size={image_size}"] if image_size is not None else []
     options += [f"--tokenizer={tokenizer}"] if tokenizer is not None else []
     print_line(_engine_program("cannot convert", "salesforce", *options, "--", str(file), str(directory)).rstrip())
+
+
+def given_columns(given: Sequence[str] | None) -> dict[str, str]:
+    """`--column KEY=NAME` as a mapping. Raises UsageError."""
+    columns: dict[str, str] = {}
+    for text in given or ():
+        key, equals, name = text.partition("=")
+        if not equals or key in columns:
+            raise UsageError(f"--column {text}: write KEY=NAME, each KEY once")
+        columns[key] = name
+    return columns
 
 
 def _options(given: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The plan: which bytes of the manifest are which chunk. Written once to the output, then only read.
 
-plan/rows-<sha256>.jsonl         the staged listing, for a folder or prefix
+plan/rows-<sha256>.jsonl         the rows as lines, for manifests that are staged
 plan/<hash>/chunks-00000.json    pages of chunk boundaries
 plan/plan.json                   written last, by conditional PUT: the planner that is first decides
 """
@@ -15,10 +15,10 @@ from typing import Any, Final
 
 from blip_engine.requests import Task
 
-from .contract import BadRow, Chunk, JobSpec, ManifestFormat, Row
+from .contract import BadRow, Chunk, JobSpec, ManifestFormat, ResultFormat, Row
 from .errors import JobError, ManifestError, ObjectChanged, ObjectNotFound
 from .fetch import ImagePolicy
-from .manifest import choose_chunk_rows, is_folder, open_manifest, scan, staged_listing
+from .manifest import Source, choose_chunk_rows, open_manifest, scan, staged, stored_rows
 from .rows import parse_rows
 from .settings import Settings
 from .storage import Store, open_object
@@ -35,7 +35,7 @@ class Plan:
     hash: str  # names the plan: of the manifest's version and every boundary
     source: str  # what the user named as the manifest
     format: ManifestFormat
-    manifest: str  # URI or path of the rows: `source`, or the staged listing
+    manifest: str  # URI or path of the rows' lines: `source`, or the staged rows
     etag: str  # the version of `manifest` that was planned
     size: int  # bytes of `manifest`
     rows: int
@@ -43,6 +43,9 @@ class Plan:
     chunk_rows: int  # rows in a chunk; the last one, and chunks of very long rows, have fewer
     store: Store = field(compare=False, repr=False)
     settings: Settings = field(compare=False, repr=False)
+    source_etag: str = ""  # the version of `source` that was planned; a folder or prefix has none
+    columns: dict[str, str] = field(default_factory=dict, hash=False)  # our key -> the manifest's name for it
+    results: ResultFormat = "jsonl"  # what the parts are written as
     _pages: "OrderedDict[int, list[Chunk]]" = field(default_factory=OrderedDict, compare=False, repr=False)
 
     def chunk(self, number: int) -> Chunk:
@@ -68,7 +71,8 @@ class Plan:
         """The rows of a chunk. Raises JobError (`manifest_changed`) when the manifest is not the planned version."""
         store, key = open_object(self.manifest, self.settings)
         try:
-            return parse_rows(store.get(key, chunk.start, chunk.end, etag=self.etag), chunk, task, self.format)
+            data = store.get(key, chunk.start, chunk.end, etag=self.etag)
+            return parse_rows(data, chunk, task, self.format, self.columns)
         except (ObjectChanged, ObjectNotFound, ManifestError) as error:
             raise self._changed() from error
 
@@ -111,16 +115,14 @@ def make_plan(spec: JobSpec, store: Store, settings: Settings) -> Plan:
     found = load_plan(store, settings)
     if found is not None:
         return found
-    if is_folder(spec.manifest, spec.manifest_format):
-        with staged_listing(spec.manifest, settings) as (path, digest):
-            key = f"plan/rows-{digest[:32]}.jsonl"
-            if store.head(key) is None:
-                store.put_file(key, path)
-        draft = draft_plan(store.uri(key), "jsonl", spec.chunk_rows, settings)
-        draft = draft.of_folder(spec.manifest)
-    else:
-        draft = draft_plan(spec.manifest, spec.manifest_format, spec.chunk_rows, settings)
-    return draft.write(store, settings)
+    source = open_manifest(spec.manifest, spec.manifest_format, settings, spec.columns)
+    if not source.staged:
+        return draft_plan(source, source, spec.chunk_rows).write(store, settings, spec.results)
+    with staged(source, settings) as rows:
+        key = f"plan/rows-{rows.sha256[:32]}.jsonl"
+        if store.head(key) is None:
+            store.put_file(key, rows.path)
+    return draft_plan(source, stored_rows(source, store, key), spec.chunk_rows).write(store, settings, spec.results)
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,6 @@ class Draft:
     ends: "array[int]"
     rows: "array[int]"
 
-    def of_folder(self, source: str) -> "Draft":
-        return Draft({**self.header, "source": source, "format": "folder"}, self.starts, self.ends, self.rows)
-
     @property
     def hash(self) -> str:
         digest = hashlib.sha256(json.dumps(self.header, sort_keys=True).encode())
@@ -142,7 +141,7 @@ class Draft:
             digest.update(numbers.tobytes())
         return digest.hexdigest()[:32]
 
-    def write(self, store: Store, settings: Settings) -> Plan:
+    def write(self, store: Store, settings: Settings, results: ResultFormat = "jsonl") -> Plan:
         name = self.hash
         first_row = 0
         for page, begin in enumerate(range(0, len(self.starts), PAGE_CHUNKS)):
@@ -154,7 +153,7 @@ class Draft:
             }  # fmt: skip
             store.put(_page_key(name, page), json.dumps(content).encode())
             first_row += sum(rows)
-        text = json.dumps({"hash": name, **self.header}, indent=2)
+        text = json.dumps({"hash": name, **self.header, "results": results}, indent=2)
         store.put_new(PLAN_KEY, text.encode() + b"\n")
         plan = load_plan(store, settings)
         if plan is None:
@@ -162,23 +161,27 @@ class Draft:
         return plan
 
 
-def draft_plan(uri: str, fmt: ManifestFormat | None, chunk_rows: int | None, settings: Settings) -> Draft:
-    """Scans a manifest file. Raises ManifestError, also when it changes meanwhile."""
-    store, key, etag, size, found = open_manifest(uri, fmt, settings)
+def draft_plan(source: Source, lines: Source, chunk_rows: int | None) -> Draft:
+    """Scans `lines`, which hold the rows of `source`. Raises ManifestError, also when they change meanwhile."""
+
+    def read(start: int, end: int) -> bytes:
+        return lines.store.get(lines.key, start, end, etag=lines.etag)
+
+    starts, ends, rows = array("q"), array("q"), array("q")
     try:
-        chunk_rows = chunk_rows or choose_chunk_rows(size, store.get(key, 0, min(size, 2**20), etag=etag))
-        starts, ends, rows = array("q"), array("q"), array("q")
-        for chunk in scan(lambda start, end: store.get(key, start, end, etag=etag), size, chunk_rows):
+        chunk_rows = chunk_rows or choose_chunk_rows(lines.size, read(0, min(lines.size, 2**20)))
+        for chunk in scan(read, lines.size, chunk_rows):
             starts.append(chunk.start)
             ends.append(chunk.end)
             rows.append(chunk.rows)
     except ObjectChanged:
-        raise ManifestError(f"{uri} was changed while it was being read; run again once it is complete") from None
+        raise ManifestError(f"{lines.uri} was changed while it was being read; run again once it is complete") from None
     if not rows:
-        raise ManifestError(f"{uri} is empty; a manifest needs at least one row")
+        raise ManifestError(f"{source.uri} is empty; a manifest needs at least one row")
     header = {
-        "source": uri, "format": found, "manifest": uri, "etag": etag, "size": size, "rows": sum(rows),
-        "chunks": len(rows), "chunk_rows": chunk_rows,
+        "source": source.uri, "source_etag": source.etag, "format": source.format, "columns": dict(source.columns),
+        "manifest": lines.uri, "etag": lines.etag, "size": lines.size, "rows": sum(rows), "chunks": len(rows),
+        "chunk_rows": chunk_rows,
     }  # fmt: skip
     return Draft(header, starts, ends, rows)
 

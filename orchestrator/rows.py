@@ -1,9 +1,11 @@
 """The bytes of a chunk as rows. A bad row becomes a `BadRow`, and leaves its neighbours alone."""
 
+import csv
 import json
 import math
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn
+from urllib.parse import unquote_plus
 
 from blip_engine.requests import Task
 
@@ -26,6 +28,7 @@ _TEXT_KEYS: Final[dict[Task, tuple[str, str | None]]] = {
 #: The keys of a row that mean something, and that `--column` can give another name.
 KEYS: Final = ("image", "id", "prompt", "question", "questions", "answers", "text", "texts")
 _LIST_KEYS: Final = ("questions", "answers", "texts")
+_STAGED: Final[frozenset[ManifestFormat]] = frozenset({"csv", "tsv", "s3-inventory", "parquet", "folder"})
 
 
 def checked_columns(columns: Mapping[str, str]) -> dict[str, str]:
@@ -37,29 +40,40 @@ def checked_columns(columns: Mapping[str, str]) -> dict[str, str]:
 
 
 class _BadRowError(Exception):
-    def __init__(self, code: ErrorCode, message: str) -> None:
+    def __init__(self, code: ErrorCode, message: str, known: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.known = known  # what could be read of a row that is no object
 
 
-def parse_rows(data: bytes, chunk: Chunk, task: Task, fmt: ManifestFormat) -> list[Row | BadRow]:
-    """The rows of a chunk's bytes, in order, numbered from `chunk.first_row`.
+def parse_rows(
+    data: bytes, chunk: Chunk, task: Task, fmt: ManifestFormat, columns: Mapping[str, str] | None = None
+) -> list[Row | BadRow]:
+    """The rows of a chunk's bytes, in order, numbered from `chunk.first_row`; `columns` are our keys' names there.
 
     Raises ManifestError when their number is not the planned one: the manifest was changed.
     """
     lines = [line for line in data.removeprefix(BOM if chunk.start == 0 else b"").split(b"\n") if line.strip()]
     if len(lines) != chunk.rows:
         raise ManifestError(f"the manifest was changed: {len(lines)} rows where {chunk.rows} were planned")
-    return [_parse_row(line, chunk.first_row + index, task, fmt) for index, line in enumerate(lines)]
+    if fmt == "ground-truth":
+        columns = {"image": "source-ref", **(columns or {})}
+    return [_parse_row(line, chunk.first_row + index, task, fmt, columns) for index, line in enumerate(lines)]
 
 
 BOM: Final = b"\xef\xbb\xbf"
 
 
-def _parse_row(line: bytes, number: int, task: Task, fmt: ManifestFormat) -> Row | BadRow:
+def _parse_row(
+    line: bytes, number: int, task: Task, fmt: ManifestFormat, columns: Mapping[str, str] | None
+) -> Row | BadRow:
     raw: dict[str, Any] = {}
     try:
         raw = _read_line(line, fmt)
+        if columns:
+            raw = _renamed(raw, columns)
+        if fmt in {"csv", "tsv"}:
+            _read_cells(raw)
         image = raw.get("image")
         if not isinstance(image, str) or not image.strip():
             raise _BadRowError("row_invalid", "the row has no `image`")
@@ -69,7 +83,7 @@ def _parse_row(line: bytes, number: int, task: Task, fmt: ManifestFormat) -> Row
         texts, several = _texts(raw, task)
         candidates = _candidates(raw) if task == "vqa" else ()
     except _BadRowError as error:
-        return _bad(number, error, raw, line)
+        return _bad(number, error, error.known or raw, line)
     return Row(number, image, row_id, texts, several, _passthrough(raw), candidates)
 
 
@@ -92,6 +106,8 @@ def _read_line(line: bytes, fmt: ManifestFormat) -> dict[str, Any]:
         raise _BadRowError("row_invalid", f"not UTF-8 at byte {error.start} of the line") from None
     if fmt == "list":
         return {"image": text.strip()}
+    if fmt == "s3-batch":
+        return _read_batch_row(text.strip())
     try:
         row = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
         if isinstance(row, dict) and text.count("[") + text.count("{") > 100:
@@ -100,9 +116,43 @@ def _read_line(line: bytes, fmt: ManifestFormat) -> dict[str, Any]:
         raise _BadRowError("row_invalid", "the JSON is nested too deeply") from None
     except ValueError as error:
         raise _BadRowError("row_invalid", f"not JSON: {error}") from None
+    if isinstance(row, list) and fmt in _STAGED:  # what `manifest.tables.bad_line` wrote
+        raise _BadRowError("row_invalid", row[0], row[1])
     if not isinstance(row, dict):
         raise _BadRowError("row_invalid", "not a JSON object")
     return row
+
+
+def _read_batch_row(text: str) -> dict[str, Any]:
+    """bucket,key[,version] of S3 Batch Operations, whose keys are URL-encoded."""
+    try:
+        cells = next(csv.reader([text], strict=True, skipinitialspace=True))
+        if len(cells) not in {2, 3} or not all(cells[:2]):
+            raise _BadRowError("row_invalid", f"{len(cells)} cells; write bucket,key or bucket,key,version")
+        uri = f"s3://{cells[0]}/{unquote_plus(cells[1], errors='strict')}"
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise _BadRowError("row_invalid", f"not a URL-encoded bucket,key: {error}") from None
+    return {"image": f"{uri}?versionId={cells[2]}" if cells[2:] and cells[2] else uri}
+
+
+def _renamed(raw: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row under our keys. A row that lacks a renamed column may have it under our key already."""
+    found = {key: raw[name] for key, name in columns.items() if name in raw}
+    used = {columns[key] for key in found} | set(found)
+    return found | {name: value for name, value in raw.items() if name not in used}
+
+
+def _read_cells(raw: dict[str, Any]) -> None:
+    """A table has text only: an empty cell is no value, and a list is written as JSON."""
+    for key in KEYS:
+        if raw.get(key) == "":
+            del raw[key]
+    for key in _LIST_KEYS:
+        if isinstance(raw.get(key), str):
+            try:
+                raw[key] = json.loads(raw[key])
+            except ValueError:
+                raise _BadRowError("row_invalid", f'`{key}` must be a JSON list of strings, as ["a", "b"]') from None
 
 
 def _no_constant(name: str) -> NoReturn:

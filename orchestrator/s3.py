@@ -4,6 +4,7 @@ import base64
 import contextlib
 import hashlib
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -202,14 +203,21 @@ _FETCH_CODES: Final[Mapping[type[StorageError], str]] = {
 }
 
 
+#: How S3 Batch Operations' third column is carried in an image's URI.
+_VERSION: Final = re.compile(r"\?versionId=([^?&/]+)$")
+
+
 def fetch_object(uri: str, max_bytes: int, timeout: float) -> bytes:
-    """An image's bytes; see `fetch.fetch`."""
+    """An image's bytes, of a version where `?versionId=` ends the URI; see `fetch.fetch`."""
     bucket, key = split_s3(uri)
+    wanted: dict[str, Any] = {"Bucket": bucket, "Key": key}
+    if version := _VERSION.search(key):
+        wanted |= {"Key": key[: version.start()], "VersionId": version[1]}
     client = s3_client(max(0.5, timeout / 3))  # so that three tries fit
     deadline = time.monotonic() + timeout
 
     def read() -> bytes:
-        answer = client.get_object(Bucket=bucket, Key=key)
+        answer = client.get_object(**wanted)
         size = answer["ContentLength"]
         with contextlib.closing(answer["Body"]) as body:
             if size > max_bytes:

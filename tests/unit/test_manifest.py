@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator import manifest
 from orchestrator.contract import BadRow, Chunk, JobSpec, Row, to_line
 from orchestrator.errors import JobError, ManifestError
-from orchestrator.manifest import choose_chunk_rows, detect, scan
+from orchestrator.manifest import choose_chunk_rows, chunking, scan
 from orchestrator.plan import PAGE_CHUNKS, load_plan, make_plan
 from orchestrator.rows import BOM, parse_rows
 from orchestrator.settings import load_settings
@@ -54,8 +53,8 @@ def test_scanning_finds_exactly_the_lines_that_are_not_blank(
     expected = reference_rows(data)
     longest = max([longest, *(len(row) + 2 * block + 80 for row in data.split(b"\n"))])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifest, "BLOCK", block)
-        patch.setattr(manifest, "LONGEST_CHUNK", longest)
+        patch.setattr(chunking, "BLOCK", block)
+        patch.setattr(chunking, "LONGEST_CHUNK", longest)
         chunks = scan_bytes(data, chunk_rows)
     assert [chunk.id for chunk in chunks] == list(range(len(chunks)))
     position = row = 0
@@ -158,42 +157,9 @@ def test_a_changed_chunk_is_noticed() -> None:
         parse_rows(b"a\nb\n", Chunk(0, 0, 4, 0, 1), "caption", "list")
 
 
-@pytest.mark.parametrize(
-    ("name", "head", "expected"),
-    [
-        ("m.jsonl", b"not json at all\n", "jsonl"),
-        ("m.txt", b'\xef\xbb\xbf\r\n {"image": "x"}\n', "jsonl"),
-        ("m.txt", b"a.jpg\nb.jpg\n", "list"),
-        ("m.json", b'{"image": "x"}\n{"image": "y"}\n', "jsonl"),
-        ("m", b"s3://bucket/a.jpg", "list"),
-    ],
-)
-def test_formats_are_detected(name: str, head: bytes, expected: str) -> None:
-    assert detect(name, head, None) == expected
-    assert detect(name, head, "list") == "list"
-
-
-@pytest.mark.parametrize(
-    ("name", "head", "says"),
-    [
-        ("m.csv", b"image,id\n", "csv manifests are not read yet"),
-        ("m.json", b'{\n "files": []}', "one object a line"),
-        ("m.json", b'{"files": [\n', "one object a line"),
-        ("m.json", b'[{"image": 1}]', "one object a line"),
-        ("m", b"\xff\xfea\0", "UTF-16"),
-        ("m", b"abc\0def", "no text"),
-        ("m", b"\xe9t\xe9.jpg\n", "not UTF-8"),
-        ("m", b"\xef\xbb\xbf \n", "empty"),
-    ],
-)
-def test_what_is_no_manifest_is_refused_with_a_way_out(name: str, head: bytes, says: str) -> None:
-    with pytest.raises(ManifestError, match=says):
-        detect(name, head, None)
-
-
 def test_an_endless_row_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "BLOCK", 1000)
-    monkeypatch.setattr(manifest, "LONGEST_CHUNK", 5000)
+    monkeypatch.setattr(chunking, "BLOCK", 1000)
+    monkeypatch.setattr(chunking, "LONGEST_CHUNK", 5000)
     with pytest.raises(ManifestError, match="row 2 of the manifest is longer"):
         scan_bytes(b"a\nb\n" + b"x" * 9000, 2)
     long_rows = (b"y" * 900 + b"\n") * 20

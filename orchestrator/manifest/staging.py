@@ -1,0 +1,93 @@
+"""Manifests whose rows are not plain lines, written out once as lines: into a temporary file, in constant memory."""
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from ..contract import ManifestFormat
+from ..errors import ManifestError, StorageError
+from ..settings import Settings
+from ..storage import is_s3
+from .formats import LINE_FORMATS, is_image
+from .inventory import inventory_lines, read_inventory
+from .source import Source, no_images, open_manifest, opened
+from .tables import csv_lines, parquet_lines
+
+_BATCH: Final = 4096  # lines written at once
+_BLOCK: Final = 2**20  # bytes copied at once
+
+
+@dataclass(frozen=True)
+class Staged:
+    """The rows as a file of lines that vanishes with the block."""
+
+    path: Path
+    sha256: str  # of its content: the same manifest gives the same
+    skipped: Mapping[str, int]  # why -> entries of the manifest that are no rows
+
+
+def require_rows(
+    uri: str, given: ManifestFormat | None, settings: Settings, columns: Mapping[str, str] | None = None
+) -> None:
+    """Raises ManifestError for what can be known without reading all of a manifest: unreadable, unknown, empty, …"""
+    source = open_manifest(uri, given, settings, columns)
+    if source.format == "folder" and not any(is_image(info.key) for info in source.store.list()):
+        raise no_images(uri)
+    if source.format == "s3-inventory":
+        read_inventory(source, settings)
+
+
+@contextmanager
+def staged(source: Source, settings: Settings) -> Iterator[Staged]:
+    """The rows of a manifest, a folder or a prefix as lines. Raises ManifestError and StorageError."""
+    skipped: Counter[str] = Counter()
+    digest = hashlib.sha256()
+    with tempfile.NamedTemporaryFile(prefix="blip-rows-") as file:
+        for block in _blocks(source, settings, skipped):
+            digest.update(block)
+            try:
+                file.write(block)
+            except OSError as error:
+                raise StorageError(f"{file.name}: {error.strerror}; give TMPDIR a folder with more room") from error
+        file.flush()
+        if file.tell() == 0:
+            raise ManifestError(f"{source.uri} is empty; a manifest needs at least one row")
+        yield Staged(Path(file.name), digest.hexdigest(), dict(skipped))
+
+
+def _blocks(source: Source, settings: Settings, skipped: Counter[str]) -> Iterator[bytes]:
+    if source.format in LINE_FORMATS:  # compressed: its lines stay as they are
+        with opened(source) as stream:
+            while block := stream.read(_BLOCK):
+                yield block
+        return
+    lines = iter(_lines(source, settings, skipped))
+    while block := b"".join(islice(lines, _BATCH)):
+        yield block
+
+
+def _lines(source: Source, settings: Settings, skipped: Counter[str]) -> Iterable[bytes]:
+    if source.format == "folder":
+        return _listing(source, skipped)
+    if source.format == "s3-inventory":
+        return inventory_lines(source, settings, skipped)
+    return parquet_lines(source) if source.format == "parquet" else csv_lines(source)
+
+
+def _listing(source: Source, skipped: Counter[str]) -> Iterator[bytes]:
+    empty = True
+    for info in source.store.list():
+        if is_image(info.key):
+            empty = False
+            yield json.dumps({"image": source.store.uri(info.key) if is_s3(source.uri) else info.key}).encode() + b"\n"
+        else:
+            skipped["keys that are no images"] += 1
+    if empty:
+        raise no_images(source.uri)

@@ -1,0 +1,353 @@
+"""Which format a manifest is, and what each of them becomes: rows, bad rows, or one line that says what is wrong."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from orchestrator.contract import BadRow, JobSpec, Row
+from orchestrator.dry_run import dry_run
+from orchestrator.errors import ManifestError
+from orchestrator.manifest import detect
+from orchestrator.plan import Plan, make_plan
+from orchestrator.rows import BOM
+from orchestrator.settings import load_settings
+from orchestrator.storage import open_store
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return bytes(sink.getvalue())
+
+
+def plan_of(path: Path, out: Path, task: str = "caption", **more: Any) -> Plan:
+    spec = JobSpec(id="j", task=task, model="demo", manifest=str(path), output=str(out), created_at=0, **more)  # type: ignore[arg-type]
+    return make_plan(spec, open_store(str(out)), load_settings())
+
+
+def rows_of(plan: Plan, task: str = "caption") -> list[Row | BadRow]:
+    return [row for chunk in plan.all_chunks() for row in plan.read_rows(chunk, task)]  # type: ignore[arg-type]
+
+
+def planned(folder: Path, name: str, data: bytes, task: str = "caption", **more: Any) -> list[Row | BadRow]:
+    """The rows of a manifest after a whole plan, written and read back."""
+    (folder / name).write_bytes(data)
+    return rows_of(plan_of(folder / name, folder / f"out-{name}", task, **more), task)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "expected"),
+    [
+        ("m.jsonl", b"not json at all\n", "jsonl"),
+        ("m.jsonl.gz", b"not json at all\n", "jsonl"),
+        ("m.txt", b'\xef\xbb\xbf\r\n {"image": "x"}\n', "jsonl"),
+        ("m.json", b'{"image": "x"}\n{"image": "y"}\n', "jsonl"),
+        ("m.manifest", b'{"source-ref": "s3://b/a.jpg"}\n', "ground-truth"),
+        ("m.jsonl", b'{"source-ref": "s3://b/a.jpg", "image": "x"}\n', "jsonl"),
+        ("m.csv", b"image,id\r\n", "csv"),
+        ("m.csv", b"image\n", "csv"),
+        ("m.csv.gz", b'\xef\xbb\xbf"id","image"\n', "csv"),
+        ("m", b"id,image\n", "csv"),
+        ("m.tsv", b"image\tid\n", "tsv"),
+        ("m", b"id\timage\n", "tsv"),
+        ("m.csv", b"my-bucket,photos/a%20b.jpg\n", "s3-batch"),
+        ("m.csv", b'"my-bucket","photos/a.PNG","3HL4kqtJlcpXroDTDmjVBH40Nr"\n', "s3-batch"),
+        ("manifest.json", b'{\n "sourceBucket": "b",\n "fileSchema": "Bucket, Key"', "s3-inventory"),
+        ("manifest.json", b'{"sourceBucket":"b","fileSchema":"Bucket, Key","files":[]}', "s3-inventory"),
+        ("m.txt", b"a.jpg\nb.jpg\n", "list"),
+        ("m", b"s3://bucket/a.jpg", "list"),
+        ("m", b"a,b.jpg\n", "list"),
+        ("m.parquet", b"PAR1\x15\x04\x15", "parquet"),
+    ],
+)
+def test_formats_are_detected(name: str, head: bytes, expected: str) -> None:
+    assert detect(name, head, None) == expected
+
+
+def test_a_given_format_is_not_detected() -> None:
+    assert detect("m.jsonl", b'{"image": "x"}\n', "list") == "list"
+    assert detect("m.txt", b"bucket,key\n", "s3-batch") == "s3-batch"
+    assert detect("m.txt", b"url,image\n", "csv", {"image": "url"}) == "csv"
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "given", "columns", "says"),
+    [
+        ("m.json", b'{\n "files": []}', None, {}, "one object a line"),
+        ("m.json", b'{"files": [\n', None, {}, "one object a line"),
+        ("m.json", b'[{"image": 1}]', None, {}, "one object a line"),
+        ("m", b"\xff\xfea\0", None, {}, "UTF-16"),
+        ("m", b"abc\0def", None, {}, "no text"),
+        ("m", bz2.compress(b"a.jpg\n"), None, {}, "not UTF-8|no text"),
+        ("m.orc", b"ORC\x00", None, {}, "is ORC"),
+        ("m.xlsx", b"PK\x03\x04", None, {}, "zip archive"),
+        ("m.xml", b"<a/>", None, {}, "xml manifests are not read"),
+        ("m", b"\xe9t\xe9.jpg\n", None, {}, "not UTF-8"),
+        ("m", b"", None, {}, "empty"),
+        ("m", b"\xef\xbb\xbf \n", None, {}, "empty"),
+        ("m.csv", b"\n  \r\n", "csv", {}, "empty"),
+        (
+            "m.csv",
+            b"id,url\n",
+            None,
+            {},
+            "line 1: the header has no column `image`, but id, url; .*--column image=NAME",
+        ),
+        ("m.csv", b"\n\nid,url\n", None, {}, "line 3: the header|line 1: the header"),
+        ("m.csv", b"image,url\n", None, {"image": "link"}, "no column `link`, but image, url"),
+        ("m.csv", b"image,id,id\n", None, {}, "`id` twice"),
+        ("m.txt", b"a.jpg\n", None, {"image": "url"}, "no columns to rename"),
+        ("m.parquet", b"image\na\n", "parquet", {}, "does not begin with PAR1"),
+        ("m.parquet", b"PAR1\x15\x04", "csv", {}, "is Parquet, not csv"),
+    ],
+)
+def test_what_is_no_manifest_is_refused_with_a_way_out(
+    name: str, head: bytes, given: Any, columns: dict[str, str], says: str
+) -> None:
+    with pytest.raises(ManifestError, match=says) as caught:
+        detect(name, head, given, columns)
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value)
+
+
+cell = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    cells=st.lists(st.tuples(cell.filter(str.strip), cell, cell), min_size=1, max_size=12), bom=st.booleans(),
+    newline=st.sampled_from(["\n", "\r\n"]), fmt=st.sampled_from(["csv", "tsv"]),
+    packing=st.sampled_from([None, gzip.compress, zstd]), everything=st.booleans(),
+)  # fmt: skip
+def test_tables_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, cells: list[tuple[str, str, str]], bom: bool, newline: str, fmt: str,
+    packing: Any, everything: bool,
+) -> None:  # fmt: skip
+    everything = everything or any("\r" in cell for row in cells for cell in row)  # the writer forgets about it
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter="\t" if fmt == "tsv" else ",", lineterminator=newline,
+                        quoting=csv.QUOTE_ALL if everything else csv.QUOTE_MINIMAL)  # fmt: skip
+    writer.writerow(["other", "url", "id"])
+    writer.writerows((other, url, name) for url, name, other in cells)
+    data = (BOM if bom else b"") + text.getvalue().encode()
+    folder = tmp_path_factory.mktemp("table")
+    rows = planned(folder, f"m.{fmt}", packing(data) if packing else data, columns={"image": "url"})
+    assert [row.number for row in rows] == list(range(len(cells)))
+    for row, (url, name, other) in zip(rows, cells, strict=True):
+        assert isinstance(row, Row)
+        assert (row.image, row.id, row.passthrough) == (url, name or None, {"other": other})
+
+
+value = st.one_of(st.none(), st.booleans(), st.text(max_size=5), st.integers(-(2**63), 2**63 - 1))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    images=st.lists(st.text(min_size=1, max_size=9).filter(str.strip), min_size=1, max_size=9),
+    extra=st.sampled_from([None, 7, -1.5, "x", [1, 2], {"a": [None, "é"]}]), packing=st.sampled_from(["zstd", "NONE"]),
+)  # fmt: skip
+def test_parquet_round_trips(
+    tmp_path_factory: pytest.TempPathFactory, images: list[str], extra: Any, packing: str
+) -> None:
+    folder = tmp_path_factory.mktemp("parquet")
+    table = [{"image": image, "id": number, "extra": extra} for number, image in enumerate(images)]
+    parquet.write_table(pyarrow.Table.from_pylist(table), folder / "m", compression=packing, row_group_size=2)
+    rows = rows_of(plan_of(folder / "m", folder / "out"))
+    assert [(row.image, row.id, row.passthrough) for row in rows] == [
+        (image, number, {"extra": extra}) for number, image in enumerate(images)
+    ]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lines=st.lists(st.binary(max_size=20).map(lambda line: line.translate(None, b"\n\0")), min_size=1, max_size=9),
+    packing=st.sampled_from([gzip.compress, zstd]), more=st.booleans(),
+)  # fmt: skip
+def test_compressed_lines_are_the_same_rows(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], packing: Any, more: bool
+) -> None:
+    data = b'{"image": "first"}\n' + b"\n".join(lines) + b"\n"
+    packed = packing(data[:7]) + packing(data[7:]) if more else packing(data)  # files may be concatenated
+    folder = tmp_path_factory.mktemp("packed")
+    plain, unpacked = planned(folder, "m.jsonl", data), planned(folder, "packed.jsonl", packed)
+    assert plain == unpacked
+
+
+def test_a_table_may_have_lists_and_empty_cells(tmp_path: Path) -> None:
+    data = b'image,question,questions,id\na.jpg,what?,,\nb.jpg,,"[""x"", ""y""]",7\nc.jpg,,x and y,\n,what?,,8\n'
+    one, several, bad, missing = planned(tmp_path, "m.csv", data, "vqa")
+    assert isinstance(one, Row)
+    assert isinstance(several, Row)
+    assert (one.texts, one.several, one.id, one.passthrough) == (("what?",), False, None, {"question": "what?"})
+    assert (several.texts, several.several, several.id) == (("x", "y"), True, "7")
+    assert isinstance(bad, BadRow)
+    assert isinstance(missing, BadRow)
+    assert "JSON list" in bad.message
+    assert (missing.code, missing.id) == ("row_invalid", "8")
+
+
+def test_bad_rows_of_a_table_leave_their_neighbours_alone(tmp_path: Path) -> None:
+    data = b'image,note\na.jpg,"two\nlines"\n\nb.jpg\nc.jpg,x,y\n\xff.jpg,z\nd.jpg,"a"b\ne.jpg,"q ""r"""\n'
+    rows = planned(tmp_path, "m.csv", data)
+    assert [row.number for row in rows] == list(range(6))
+    messages = {row.number: row.message for row in rows if isinstance(row, BadRow)}
+    assert messages[1] == "line 5: 1 cells where the header has 2"
+    assert messages[2] == "line 6: 3 cells where the header has 2"
+    assert messages[3] == "line 7: not UTF-8"
+    assert messages[4].startswith("line 8: not CSV")
+    assert rows[3].passthrough == {"line": "\ufffd.jpg,z"}
+    assert [rows[0].passthrough, rows[5].passthrough] == [{"note": "two\nlines"}, {"note": 'q "r"'}]
+
+
+def test_an_open_quote_fails_the_job_where_it_begins(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"m\.csv: line 3: a quoted cell is never closed"):
+        planned(tmp_path, "m.csv", b'image,note\na.jpg,x\nb.jpg,"open\nc.jpg,y\n')
+
+
+@pytest.mark.parametrize("packing", [gzip.compress, zstd])
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:4] + b"\xff" * 12 + data[16:]])
+def test_damaged_compression_fails_the_job(tmp_path: Path, packing: Any, damage: Any) -> None:
+    lines = b"".join(b"%x-%d.jpg\n" % (n * n * 7919, n) for n in range(60_000))
+    with pytest.raises(ManifestError, match=r"packed: the (gzip|zstd) data is damaged or incomplete"):
+        planned(tmp_path, "packed", damage(packing(lines)))
+
+
+def test_a_line_of_ten_megabytes(tmp_path: Path) -> None:
+    long = "x" * 10_000_000
+    line = json.dumps({"image": "a.jpg", "note": long}).encode() + b"\n"
+    for name, data in {
+        "m.jsonl": line + b'{"image": "b.jpg"}\n',
+        "m.jsonl.gz": gzip.compress(line + b'{"image": "b.jpg"}\n', 1),
+        "m.csv": f'image,note\na.jpg,"{long}"\nb.jpg,\n'.encode(),
+    }.items():
+        first, second = planned(tmp_path, name, data)
+        assert (first.image, len(first.passthrough["note"]), second.image) == ("a.jpg", 10_000_000, "b.jpg")
+
+
+def test_parquet_of_many_types(tmp_path: Path) -> None:
+    table = pyarrow.table(
+        {
+            "image": pyarrow.array([b"a.jpg", b"b.jpg"], pyarrow.binary()),
+            "score": [float("nan"), 0.5],
+            "when": pyarrow.array([0, None], pyarrow.timestamp("ms")),
+            "raw": [b"\xff\x00", b"text"],
+            "texts": [["x", "y"], ["z"]],
+        }
+    )
+    parquet.write_table(table, tmp_path / "m.parquet")
+    first, second = rows_of(plan_of(tmp_path / "m.parquet", tmp_path / "out", "itm"), "itm")
+    assert first.image == "a.jpg"
+    assert first.passthrough == {
+        "score": None, "when": "1970-01-01T00:00:00", "raw": "/wA=", "texts": ["x", "y"],
+    }  # fmt: skip
+    assert isinstance(second, Row)
+    assert (second.texts, second.passthrough["raw"]) == (("z",), "text")
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"url": ["a.jpg"]}, "no column `image`, but url"),
+        ({"image": [{"bytes": b"x"}]}, "column `image` is struct"),
+        ({"image": pyarrow.array([], pyarrow.string())}, "is empty"),
+    ],
+)
+def test_parquet_that_is_no_manifest(tmp_path: Path, table: dict[str, Any], says: str) -> None:
+    parquet.write_table(pyarrow.table(table), tmp_path / "m.parquet")
+    with pytest.raises(ManifestError, match=says):
+        plan_of(tmp_path / "m.parquet", tmp_path / "out")
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="Parquet data is damaged"):
+        planned(tmp_path, "m.parquet", b"PAR1" + b"\x15" * 500 + b"PAR1")
+    with pytest.raises(ManifestError, match="does not end with PAR1"):
+        planned(tmp_path, "m.parquet", b"PAR1" + b"\x15" * 500)
+
+
+def test_ground_truth(tmp_path: Path) -> None:
+    lines = [
+        {"source-ref": "s3://b/a.jpg", "class": 3, "class-metadata": {"confidence": 0.9}, "id": "x"},
+        {"source": "inline text", "class": 1},
+    ]
+    good, bad = planned(tmp_path, "m.manifest", b"\n".join(json.dumps(line).encode() for line in lines))
+    assert (good.image, good.id) == ("s3://b/a.jpg", "x")
+    assert good.passthrough == {"class": 3, "class-metadata": {"confidence": 0.9}}
+    assert isinstance(bad, BadRow)
+
+
+@pytest.mark.parametrize(
+    ("line", "image"),
+    [
+        ("bucket,a/b%20c%2Bd+e.jpg", "s3://bucket/a/b c+d e.jpg"),
+        ('"bucket","%C3%A9%2C.jpg"', "s3://bucket/é,.jpg"),
+        ("bucket, a.jpg\r", "s3://bucket/a.jpg"),
+        ("bucket,a.jpg,3HL4.kq_t-J", "s3://bucket/a.jpg?versionId=3HL4.kq_t-J"),
+        ("bucket,a.jpg,", "s3://bucket/a.jpg"),
+        ("bucket", None),
+        ("bucket,", None),
+        ("a,b,c,d", None),
+        ("bucket,%FF.jpg", None),
+        ('bucket,"open', None),
+    ],
+)
+def test_s3_batch_rows(tmp_path: Path, line: str, image: str | None) -> None:
+    (row,) = planned(tmp_path, "m.csv", line.encode(), manifest_format="s3-batch")
+    assert row.image == image
+    assert isinstance(row, BadRow) == (image is None)
+
+
+def test_renamed_columns_of_lines(tmp_path: Path) -> None:
+    data = b'{"url": "a.jpg", "image": "thumb.jpg", "q": "what?"}\n{"image": "b.jpg", "question": "why?"}\n'
+    first, second = planned(tmp_path, "m.jsonl", data, "vqa", columns={"image": "url", "question": "q"})
+    assert isinstance(first, Row)
+    assert isinstance(second, Row)
+    assert (first.image, first.texts) == ("a.jpg", ("what?",))
+    assert (second.image, second.texts) == ("b.jpg", ("why?",))  # as errors.jsonl has it
+
+
+def test_duplicate_ids_are_echoed(tmp_path: Path) -> None:
+    rows = planned(tmp_path, "m.csv", b"image,id\na.jpg,7\na.jpg,7\n")
+    assert [(row.number, row.id) for row in rows] == [(0, "7"), (1, "7")]
+
+
+def test_mixed_formats_are_bad_rows(tmp_path: Path) -> None:
+    good, *bad = planned(tmp_path, "m.jsonl", b'{"image": "a.jpg"}\ns3://b/c.jpg\nimage,id\n["a.jpg", {}]\n')
+    assert isinstance(good, Row)
+    assert [row.code for row in bad if isinstance(row, BadRow)] == ["row_invalid"] * 3
+
+
+def test_the_dry_run_tells_format_rows_and_bad_ones(tmp_path: Path) -> None:
+    (tmp_path / "m.csv.gz").write_bytes(gzip.compress(b"url\n" + b"a.jpg\n" * 40 + b"x,y\n"))
+    report = dry_run(str(tmp_path / "m.csv.gz"), "caption", None, 10, {"image": "url"})
+    assert (report["format"], report["compression"], report["rows"], report["bad_rows"], report["chunks"]) == (
+        "csv", "gzip", 41, 1, 5,
+    )  # fmt: skip
+    assert report["first_rows"][0]["image"] == "a.jpg"
+    assert report["first_bad_rows"][0]["message"] == "line 42: 2 cells where the header has 1"
+    (tmp_path / "a.png").touch()
+    assert dry_run(str(tmp_path), "caption", None, None, {})["skipped"] == {"keys that are no images": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "m.csv.gz"]
+
+
+def test_a_staged_plan_is_its_own_copy(tmp_path: Path) -> None:
+    """Overwriting a staged manifest mid-job changes nothing; the plan knows which version it came from."""
+    (tmp_path / "m.csv").write_text("image\na.jpg\n")
+    plan = plan_of(tmp_path / "m.csv", tmp_path / "out")
+    assert plan.source_etag
+    (tmp_path / "m.csv").write_text("image\nb.jpg\nc.jpg\n")
+    plan.check_manifest()
+    again = plan_of(tmp_path / "m.csv", tmp_path / "out")
+    assert again.hash == plan.hash
+    assert [row.image for row in rows_of(again)] == ["a.jpg"]

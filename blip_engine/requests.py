@@ -13,14 +13,21 @@ from .errors import OptionError
 if TYPE_CHECKING:
     import numpy as np
 
-Task: TypeAlias = Literal["caption", "vqa", "itm"]
+Task: TypeAlias = Literal["caption", "vqa", "itm", "embed", "capfilt"]
+#: The tasks that checkpoints are made for.
 TASKS: Final[tuple[Task, ...]] = ("caption", "vqa", "itm")
+#: The tasks of jobs: the same, and what is made of them. `embed` needs an itm checkpoint, `capfilt` a captioner and a
+#: filter (caption and itm).
+JOB_TASKS: Final[tuple[Task, ...]] = (*TASKS, "embed", "capfilt")
+_CHECKPOINTS: Final[Mapping[Task, tuple[Task, ...]]] = {"embed": ("itm",), "capfilt": ("caption", "itm")}
 
 #: The hub repository that serves a task when the user names none.
 DEFAULT_MODELS: Final[Mapping[Task, str]] = {
     "caption": "Salesforce/blip-image-captioning-base",
     "vqa": "Salesforce/blip-vqa-base",
     "itm": "Salesforce/blip-itm-base-coco",
+    "embed": "Salesforce/blip-itm-base-coco",
+    "capfilt": "Salesforce/blip-image-captioning-base+Salesforce/blip-itm-base-coco",
 }
 #: `--model demo` means the small checkpoints that ship in the package.
 DEMO_MODEL: Final = "demo"
@@ -87,20 +94,28 @@ class AnswerOptions(GenerationOptions):
 
 
 @dataclass(frozen=True, slots=True)
-class MatchOptions:
-    """How a text is read that is matched with an image."""
+class EmbedOptions:
+    """How a text is read that becomes a vector."""
 
-    enc_token: bool = False  # matching starts with [ENC] as in Salesforce's evaluation of retrieval; similarity never
     clean_text: bool = False  # as AnswerOptions.clean_text, with a space for each of the characters
 
 
-Options: TypeAlias = GenerationOptions | MatchOptions
+@dataclass(frozen=True, slots=True)
+class MatchOptions(EmbedOptions):
+    """How a text is read that is matched with an image."""
+
+    enc_token: bool = False  # matching starts with [ENC] as in Salesforce's evaluation of retrieval; similarity never
+
+
+Options: TypeAlias = GenerationOptions | EmbedOptions
 
 #: BLIP's own settings: captions with 3 beams and 20 tokens, answers with 3 beams and 10 tokens with [BOS] counted.
 _TASK_DEFAULTS: Final[Mapping[Task, Options]] = {
     "caption": GenerationOptions(),
     "vqa": AnswerOptions(max_new_tokens=9),
     "itm": MatchOptions(),
+    "embed": EmbedOptions(),
+    "capfilt": GenerationOptions(),  # of the captioner
 }
 
 
@@ -109,8 +124,8 @@ def options_for(task: Task, given: Mapping[str, Any] | None = None) -> Options:
 
     Raises OptionError for a task or an option that does not exist, or for a value of the wrong type or range.
     """
-    if task not in TASKS:
-        raise OptionError(f"unknown task {task!r}; the tasks are: {', '.join(TASKS)}")
+    if task not in JOB_TASKS:
+        raise OptionError(f"unknown task {task!r}; the tasks are: {', '.join(JOB_TASKS)}")
     default = _TASK_DEFAULTS[task]
     known = asdict(default)
     for name, value in (given or {}).items():
@@ -120,6 +135,21 @@ def options_for(task: Task, given: Mapping[str, Any] | None = None) -> Options:
     if isinstance(default, GenerationOptions) and known["do_sample"] and "num_beams" not in (given or {}):
         known["num_beams"] = 1
     return type(default)(**known)
+
+
+def checkpoints_of(task: Task, model: str) -> tuple[tuple[Task, str], ...]:
+    """The checkpoints that a job's `model` names, each with the task that it was made for.
+
+    For `capfilt` these are two with a + between, the captioner and the filter; `demo` names both. Raises
+    OptionError for another number of names.
+    """
+    kinds = _CHECKPOINTS.get(task, (task,))
+    names = model.split("+") if len(kinds) > 1 else [model]
+    if names == [DEMO_MODEL]:
+        names *= len(kinds)
+    if len(names) != len(kinds) or not all(names):
+        raise OptionError(f"task {task!r} takes two models, CAPTIONER+FILTER, not {model!r}")
+    return tuple(zip(kinds, names, strict=True))
 
 
 def _coerced(name: str, value: Any, kind: type) -> Any:
@@ -207,7 +237,20 @@ class Filtered:
         }  # fmt: skip
 
 
-Result: TypeAlias = Caption | Answer | Match
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """An image, and the text that it came with, as vectors of length 1 whose product is `Match.itc`."""
+
+    image: tuple[float, ...]  # 32-bit values, each in the nine digits that tell them apart
+    text: tuple[float, ...] | None = None  # None: it came with none
+
+    def as_record(self) -> dict[str, Any]:
+        """The `result` of a record (`embedding`, and `text_embedding` where there is a text)."""
+        record = {"embedding": list(self.image)}
+        return record if self.text is None else {**record, "text_embedding": list(self.text)}
+
+
+Result: TypeAlias = Caption | Answer | Match | Embedding | Filtered
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +260,10 @@ class Request:
     model: str  # a name the engine was loaded with
     task: Task
     pixels: "np.ndarray[Any, Any]"  # uint8 (height, width, 3), already at the model's image size
-    texts: tuple[str, ...]  # prompts ("" for none), questions, or texts to match; one result each, in order
-    options: Options
+    texts: tuple[str, ...]  # prompts, questions, or texts to match, embed or judge; one result each, in order
+    options: Options  # "" is a text only to itm and vqa; elsewhere it means that there is none
     candidates: tuple[str, ...] = ()  # vqa: the answers to choose from; none: the answer is generated
+    judge: str = ""  # capfilt: the name of the matching model
 
 
 def result_record(task: Task, results: Sequence[Result], several: bool) -> dict[str, Any]:

@@ -39,14 +39,17 @@ def register(app: typer.Typer) -> None:
 
 def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
     manifest: Annotated[str, typer.Argument(help="A manifest file, or a folder of images; a path or s3:// URI.")],
-    task: Annotated[str, typer.Option(help="caption, vqa or itm.")],
+    task: Annotated[str, typer.Option(help="caption, vqa, itm, embed or capfilt.")],
     output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the results.")],
-    model: Annotated[str | None, typer.Option(help="Hub repository[@revision], directory, or demo.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub repository[@revision], directory, or demo; capfilt takes CAPTIONER+FILTER.")
+    ] = None,
     workers: Workers = 1,
     option: Annotated[list[str] | None, typer.Option(help="An option of the task, name=value; repeatable.")] = None,
     manifest_format: Annotated[str | None, typer.Option("--format", help="Instead of detection.")] = None,
     column: Column = None,
     chunk_rows: Annotated[int | None, typer.Option(min=1, max=10_000, help="Rows in each part.")] = None,
+    results: Annotated[str, typer.Option(help="jsonl, jsonl.gz or parquet: what the parts are written as.")] = "jsonl",
     max_error_ratio: Annotated[float, typer.Option(min=0, max=1, help="Stop above it, after 1,000 rows.")] = 0.5,
     device: Device = None,
     precision: Precision = None,
@@ -57,7 +60,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
 
     spec = make_spec(
         manifest, task, output, model=model, manifest_format=manifest_format, columns=given_columns(column),
-        options=_options(option or []), chunk_rows=chunk_rows, max_error_ratio=max_error_ratio,
+        options=_options(option or []), chunk_rows=chunk_rows, results=results, max_error_ratio=max_error_ratio,
     )  # fmt: skip
     (summary,) = _run_jobs([spec], workers, redis, device=device, precision=precision)
     _print_summary(spec, summary)

@@ -183,7 +183,7 @@ class Controller:
         this.lost_hints -= len(unleased)
         lost: list[int] = []
         for chunk in leased + unleased:
-            part = describe(plan.store, part_key(chunk))
+            part = describe(plan.store, part_key(chunk, results=plan.results))
             if part is None:
                 lost.append(chunk)
             else:
@@ -252,7 +252,7 @@ class Controller:
         chunks = iter(sorted(present_chunks(plan)))
         with ThreadPoolExecutor(8, thread_name_prefix="parts") as pool:
             while window := list(islice(chunks, 256)):
-                found = pool.map(lambda chunk: describe(plan.store, part_key(chunk)), window)
+                found = pool.map(lambda chunk: describe(plan.store, part_key(chunk, results=plan.results)), window)
                 yield from (part for part in found if part is not None)
 
     def _finalize(self, spec: JobSpec, epoch: str) -> None:

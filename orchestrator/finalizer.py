@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .contract import JobSpec, JobState, to_line
-from .parts import PartInfo, as_manifest_row, count_codes, part_key
+from .parts import PartInfo, as_manifest_row, count_codes
 from .plan import Plan
 from .rounds import MergedChunk, is_complete, load_rounds, merged_chunks
 
@@ -27,7 +27,7 @@ class Totals:
 
     def add(self, chunk: MergedChunk) -> None:
         failures = chunk.failures
-        self.parts += [(part_key(part.info.chunk, number), part.info) for number, part in chunk.parts]
+        self.parts += [(part.key, part.info) for _, part in chunk.parts]
         self.codes.update(count_codes(failures))
         self.rows += len(chunk.records)
         self.failed += len(failures)

@@ -14,9 +14,9 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from blip_engine.errors import OptionError
-from blip_engine.requests import DEFAULT_MODELS, TASKS, options_for
+from blip_engine.requests import DEFAULT_MODELS, DEMO_MODEL, JOB_TASKS, Task, checkpoints_of, options_for
 
-from .contract import FORMATS, JobSpec, JobState
+from .contract import FORMATS, RESULT_FORMATS, JobSpec, JobState
 from .errors import JobError, ObjectNotFound, UsageError
 from .ledger import Ledger
 from .plan import Plan
@@ -28,7 +28,7 @@ JOB_KEY: Final = "job.json"
 _MODEL: Final = re.compile(r"demo|[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
-def make_spec(
+def make_spec(  # noqa: PLR0913 - a job has as many arguments as options
     manifest: str,
     task: str,
     output: str,
@@ -36,6 +36,7 @@ def make_spec(
     model: str | None = None,
     manifest_format: str | None = None,
     columns: Mapping[str, str] | None = None,
+    results: str = "jsonl",
     options: Mapping[str, Any] | None = None,
     chunk_rows: int | None = None,
     max_error_ratio: float = 0.5,
@@ -44,16 +45,19 @@ def make_spec(
 
     Raises UsageError for anything that can be known to be wrong without reading the manifest or loading the model.
     """
-    if task not in TASKS:
-        raise UsageError(f"unknown task {task!r}; the tasks are: {', '.join(TASKS)}")
+    if task not in JOB_TASKS:
+        raise UsageError(f"unknown task {task!r}; the tasks are: {', '.join(JOB_TASKS)}")
+    if results not in RESULT_FORMATS:
+        raise UsageError(f"unknown format of results {results!r}; they are: {', '.join(RESULT_FORMATS)}")
     if manifest_format is not None and manifest_format not in FORMATS:
         raise UsageError(f"unknown manifest format {manifest_format!r}; the formats are: {', '.join(FORMATS)}")
     try:
         options_for(task, options)
         draft = JobSpec(
-            id="draft", task=task, model=_model(model or DEFAULT_MODELS[task]), manifest=manifest_uri(manifest),
+            id="draft", task=task, model=_models(task, model or DEFAULT_MODELS[task]), manifest=manifest_uri(manifest),
             manifest_format=manifest_format, columns=checked_columns(columns or {}), output=_output(output),
-            options=dict(options or {}), chunk_rows=chunk_rows, max_error_ratio=max_error_ratio, created_at=time.time(),
+            results=results, options=dict(options or {}), chunk_rows=chunk_rows, max_error_ratio=max_error_ratio,
+            created_at=time.time(),
         )  # fmt: skip
     except OptionError as error:
         raise UsageError(str(error)) from None
@@ -91,6 +95,12 @@ def _local(text: str, what: str) -> str:
     if not text or "\0" in text:
         raise UsageError(f"{what} {text!r} is not a path")
     return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111
+
+
+def _models(task: Task, model: str) -> str:
+    """The model of a job, or its two. Raises OptionError for another number of them."""
+    named = checkpoints_of(task, model)
+    return model if model == DEMO_MODEL else "+".join(_model(name) for _, name in named)
 
 
 def _model(model: str) -> str:

@@ -1,19 +1,20 @@
 """Parts: one object per chunk, a record per row, written once. What a part says of itself can always be checked."""
 
 import hashlib
-import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .contract import ERROR_CODES, Chunk, Hint, to_line
+from .contract import ERROR_CODES, Chunk, Hint, ResultFormat
+from .encoding import SUFFIXES, decode, encode
 from .errors import JobError
 from .storage import Store
 
 PREFIX: Final = "results/part-"  # of round 0, which holds every row
-_KEY: Final = re.compile(r"(?:results|rounds/[1-9]\d*)/part-(\d{8,})\.jsonl", re.ASCII)
+_KEY: Final = re.compile(r"(?:results|rounds/[1-9]\d*)/part-(\d{8,})(\.jsonl|\.jsonl\.gz|\.parquet)", re.ASCII)
+_FORMATS: Final[dict[str, ResultFormat]] = {suffix: results for results, suffix in SUFFIXES.items()}
 _FIELDS: Final = {"row", "id", "image", "task", "result", "error", "input"}
 
 
@@ -31,6 +32,7 @@ class PartInfo:
 class CheckedPart:
     """A part that was read and found right."""
 
+    key: str
     info: PartInfo
     records: list[dict[str, Any]]
     failures: list[dict[str, Any]]  # those of them that are error records
@@ -48,46 +50,50 @@ def part_prefix(round_number: int = 0) -> str:
     return f"rounds/{round_number}/part-" if round_number else PREFIX
 
 
-def part_key(chunk: int, round_number: int = 0) -> str:
-    return f"{part_prefix(round_number)}{chunk:08d}.jsonl"
+def part_key(chunk: int, round_number: int = 0, results: ResultFormat = "jsonl") -> str:
+    return f"{part_prefix(round_number)}{chunk:08d}{SUFFIXES[results]}"
 
 
-def chunk_of(key: str) -> int | None:
-    """The chunk of a part's key, of any round; None for other objects."""
+def chunk_of(key: str, results: ResultFormat = "jsonl") -> int | None:
+    """The chunk of a part's key, of any round; None for other objects, and for parts of another format."""
     found = _KEY.fullmatch(key)
-    return int(found[1]) if found and f"part-{int(found[1]):08d}" in key else None
+    if found is None or found[2] != SUFFIXES[results]:
+        return None
+    return int(found[1]) if f"part-{int(found[1]):08d}." in key else None
 
 
 def put_part(
     store: Store, hint: Hint, records: Sequence[dict[str, Any]], weights_sha256: str,
-    numbers: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None, results: ResultFormat = "jsonl",
 ) -> PartInfo:  # fmt: skip
     """Writes a chunk's part unless it exists, and returns what is there then: ours, or the one that was first.
 
     `numbers`: the rows it must hold; None: all of the chunk's.
-    Raises PartError for records that are not these rows in order, and StorageError.
+    Raises PartError for records that are not these rows in order, UsageError where a program for `results` is not
+    installed, and StorageError.
     """
     expected = range(hint.first_row, hint.first_row + hint.rows) if numbers is None else numbers
     if [record["row"] for record in records] != list(expected):
         raise PartError(f"chunk {hint.chunk}: its records are not its rows; nothing was written")
-    data = b"".join(to_line(record) for record in records)
+    data = encode(records, results, records[0]["task"])
     failed = sum(1 for record in records if record["error"] is not None)
     info = PartInfo(hint.chunk, len(records), failed, hashlib.sha256(data).hexdigest())
     metadata = {
         "rows": str(info.rows), "failed": str(failed), "sha256": info.sha256, "plan": hint.plan,
         "weights": weights_sha256,
     }  # fmt: skip
-    if store.put_new(part_key(hint.chunk, hint.round), data, metadata=metadata):
+    key = part_key(hint.chunk, hint.round, results)
+    if store.put_new(key, data, metadata=metadata):
         return info
-    return describe(store, part_key(hint.chunk, hint.round)) or info
+    return describe(store, key) or info
 
 
 def describe(store: Store, key: str) -> PartInfo | None:
     """A part's counts, from its metadata where the store keeps any, else by reading it. None: no such part."""
-    head = store.head(key)
-    chunk = chunk_of(key)
-    if head is None or chunk is None:
+    head, named = store.head(key), _KEY.fullmatch(key)
+    if head is None or named is None:
         return None
+    chunk = int(named[1])
     if {"rows", "failed", "sha256"} <= set(head.metadata):
         meta = head.metadata
         return PartInfo(chunk, int(meta["rows"]), int(meta["failed"]), meta["sha256"])
@@ -98,16 +104,23 @@ def describe(store: Store, key: str) -> PartInfo | None:
 
 def read_part(store: Store, key: str) -> tuple[list[dict[str, Any]], str]:
     """A part's records as they are, and the checksum of its bytes. Raises PartError and StorageError."""
-    data = store.get(key)
-    return list(_records(store.uri(key), data)), hashlib.sha256(data).hexdigest()
+    data, named = store.get(key), _KEY.fullmatch(key)
+    try:
+        records = list(decode(data, _FORMATS[named[2]] if named else "jsonl"))
+    except ValueError as error:
+        raise PartError(f"{store.uri(key)}: {error}; {_WAY_OUT}") from None
+    return records, hashlib.sha256(data).hexdigest()
 
 
-def check(store: Store, chunk: Chunk, round_number: int = 0, numbers: Sequence[int] | None = None) -> CheckedPart:
+def check(
+    store: Store, chunk: Chunk, round_number: int = 0, numbers: Sequence[int] | None = None,
+    results: ResultFormat = "jsonl",
+) -> CheckedPart:  # fmt: skip
     """Reads a chunk's part and checks each record: `numbers` are its rows, or, when None, the chunk's by the plan.
 
     Raises PartError with the first thing that is wrong, and StorageError.
     """
-    key = part_key(chunk.id, round_number)
+    key = part_key(chunk.id, round_number, results)
     records, digest = read_part(store, key)
     expected = range(chunk.first_row, chunk.first_row + chunk.rows) if numbers is None else numbers
     problem = next(filter(None, map(_problem, records, expected)), None)
@@ -116,23 +129,10 @@ def check(store: Store, chunk: Chunk, round_number: int = 0, numbers: Sequence[i
     if problem:
         raise PartError(f"{store.uri(key)}: {problem}; {_WAY_OUT}")
     failures = [record for record in records if record["error"] is not None]
-    return CheckedPart(PartInfo(chunk.id, len(records), len(failures), digest), records, failures)
+    return CheckedPart(key, PartInfo(chunk.id, len(records), len(failures), digest), records, failures)
 
 
 _WAY_OUT: Final = "delete this part and run the job again"
-
-
-def _records(key: str, data: bytes) -> Iterator[dict[str, Any]]:
-    if data and not data.endswith(b"\n"):
-        raise PartError(f"{key}: its last line is cut off; {_WAY_OUT}")
-    for number, line in enumerate(data.split(b"\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise PartError(f"{key}, line {number}: not a JSON object; {_WAY_OUT}")
-        yield record
 
 
 def _problem(record: dict[str, Any], expected: int) -> str | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, Final
 
-from .contract import Chunk
+from .contract import Chunk, ResultFormat
 from .errors import JobError, ObjectNotFound
 from .parts import CheckedPart, PartError, check, chunk_of, describe, part_key, part_prefix, read_part
 from .plan import Plan
@@ -105,7 +105,7 @@ def _unresolved(plan: Plan, rounds: Sequence[Round]) -> Iterator[tuple[int, int]
 
     def look(chunk: Chunk) -> tuple[int, int]:
         number, rows = last_part(chunk, rounds)
-        part = describe(plan.store, part_key(chunk.id, number))
+        part = describe(plan.store, part_key(chunk.id, number, plan.results))
         return chunk.id, rows if part is None else part.failed
 
     chunks = plan.all_chunks()
@@ -124,7 +124,7 @@ def last_part(chunk: Chunk, rounds: Sequence[Round]) -> tuple[int, int]:
 
 def present_chunks(plan: Plan, number: int = 0) -> set[int]:
     """The chunks that have a part of that round, by listing."""
-    found = (chunk_of(info.key) for info in plan.store.list(part_prefix(number)))
+    found = (chunk_of(info.key, plan.results) for info in plan.store.list(part_prefix(number)))
     return {chunk for chunk in found if chunk is not None and chunk < plan.chunks}
 
 
@@ -135,7 +135,7 @@ def is_complete(plan: Plan, rounds: Sequence[Round]) -> bool:
     return present_chunks(plan, rounds[-1].number).issuperset(rounds[-1].chunks)
 
 
-def numbers_to_do(store: Store, chunk: Chunk, number: int, todo: int) -> list[int]:
+def numbers_to_do(store: Store, chunk: Chunk, number: int, todo: int, results: ResultFormat = "jsonl") -> list[int]:
     """The row numbers that round `number` of the chunk is about: the `todo` rows without a result before it.
 
     Raises PartError when the parts before do not agree with that, and StorageError.
@@ -146,7 +146,7 @@ def numbers_to_do(store: Store, chunk: Chunk, number: int, todo: int) -> list[in
     latest: dict[int, bool] = {}
     for earlier in range(number):
         try:
-            records, _ = read_part(store, part_key(chunk.id, earlier))
+            records, _ = read_part(store, part_key(chunk.id, earlier, results))
         except ObjectNotFound:  # the chunk has no part in that round
             continue
         latest.update((record["row"], record["error"] is None) for record in records)
@@ -167,10 +167,10 @@ def merged_chunk(plan: Plan, chunk: Chunk, rounds: Sequence[Round]) -> MergedChu
         every = list(range(chunk.first_row, chunk.first_row + chunk.rows))
         numbers = every if rows == chunk.rows else [n for n in every if n not in latest or latest[n]["error"]]
         if len(numbers) != rows:
-            uri = plan.store.uri(part_key(chunk.id, number))
+            uri = plan.store.uri(part_key(chunk.id, number, plan.results))
             raise PartError(f"{uri}: round {number} is about {rows} rows, {len(numbers)} have no result before it")
         try:
-            part = check(plan.store, chunk, number, numbers)
+            part = check(plan.store, chunk, number, numbers, plan.results)
         except ObjectNotFound:
             if number == 0 and last_part(chunk, rounds) != (0, chunk.rows):  # a later round did all of its rows
                 continue

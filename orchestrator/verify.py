@@ -68,15 +68,15 @@ def _audit_parts(plan: Plan, rounds: Sequence[Round], audit: Audit) -> Totals:
             merged = merged_chunk(plan, chunk, rounds)
         except ObjectNotFound:
             number, rows = last_part(chunk, rounds)
-            key, last = part_key(chunk.id, number), chunk.first_row + chunk.rows - 1
+            key, last = part_key(chunk.id, number, plan.results), chunk.first_row + chunk.rows - 1
             which = f"rows {chunk.first_row} to {last}" if rows == chunk.rows else f"{rows} rows of round {number}"
             audit.report(f"{key} is missing: {which}")
             continue
         except PartError as error:
             audit.report(str(error))
             continue
-        for number, part in merged.parts:
-            _audit_metadata(plan, part_key(chunk.id, number), part.info, audit)
+        for _, part in merged.parts:
+            _audit_metadata(plan, part.key, part.info, audit)
         totals.add(merged)
     return totals
 
@@ -84,13 +84,13 @@ def _audit_parts(plan: Plan, rounds: Sequence[Round], audit: Audit) -> Totals:
 def _audit_names(plan: Plan, rounds: Sequence[Round], audit: Audit) -> None:
     """Reports parts that no chunk of the plan, or none of the round, can have."""
     for info in plan.store.list(PREFIX):
-        chunk = chunk_of(info.key)
+        chunk = chunk_of(info.key, plan.results)
         if chunk is None or chunk >= plan.chunks:
             audit.report(f"{info.key}: no chunk of the plan")
     known = {round_key(this.number) for this in rounds}
     prefixes = {part_prefix(this.number): this for this in rounds}
     for info in plan.store.list("rounds/"):
-        chunk, this = chunk_of(info.key), prefixes.get(info.key.rpartition("-")[0] + "-")
+        chunk, this = chunk_of(info.key, plan.results), prefixes.get(info.key.rpartition("-")[0] + "-")
         if info.key not in known and (chunk is None or this is None or not this.rows_of(chunk)):
             audit.report(f"{info.key}: no chunk of a round")
 

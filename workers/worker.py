@@ -141,12 +141,12 @@ class Worker:
 
     def _finish(self, hint: Hint, held: Held, lane: Lane) -> None:
         job = self._open(hint)
-        part = describe(job.store, part_key(hint.chunk))
+        part = describe(job.store, part_key(hint.chunk, hint.round, job.plan.results))
         if part is None:
             records, weights = self._compute(job, hint, held, lane)
             if held.lost:
                 raise _Abandon("the lease ran out before the part was written", put_back=False)
-            part = put_part(job.store, hint, records, weights)
+            part = put_part(job.store, hint, records, weights, results=job.plan.results)
         self.ledger.commit(held.lease, part.rows - part.failed, part.failed)
         seconds = time.monotonic() - held.started
         _log.info("chunk %d of %s: %d rows, %d failed, %.1f s", hint.chunk, hint.job, part.rows, part.failed, seconds)

@@ -8,6 +8,7 @@ from typer.main import get_command
 
 from blip_engine.errors import BlipError
 
+from .cli_output import register_output
 from .cli_run import Column, given_columns, register
 from .errors import BlipBatchError
 from .report import EXIT_FAILED, EXIT_INTERRUPTED, print_error, print_json, print_line
@@ -105,6 +106,7 @@ def orchestrator(
 
 
 register(app)
+register_output(app)
 
 
 def main() -> None:

@@ -1,0 +1,31 @@
+"""`blip-batch export` and `recover`: what is done with an output in object storage."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from .report import print_json, print_line
+
+Output = Annotated[str, typer.Argument(help="A job's output: folder or s3:// URI.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def register_output(app: typer.Typer) -> None:
+    """Adds the commands to `blip-batch`."""
+    app.command()(export)
+
+
+def export(
+    output: Output,
+    file: Annotated[str, typer.Argument(help="What to write, .jsonl, .jsonl.gz, .csv or .parquet; a path or s3://.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Merge the parts into one file: every row once, in manifest order, the latest retry's outcome."""
+    from .export import export as write_file  # noqa: PLC0415 - heavy, as in `cli`
+
+    done = write_file(output, file)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        print_line(f"{done.file}: {done.rows:,} rows, {done.failed:,} with errors")

@@ -46,13 +46,13 @@ def make_celery(settings: Settings) -> Celery:
     return app
 
 
-def publish(app: Celery, hints: Iterable[Hint]) -> int:
+def publish(app: Celery, hints: Iterable[Hint], queue: str = QUEUE) -> int:
     """Sends hints; returns how many. Raises RedisUnavailable; what was not sent is overdue later and sent again."""
     sent = 0
     try:
         with app.producer_or_acquire() as producer:
             for hint in hints:
-                app.send_task(TASK_NAME, args=[hint.to_message()], queue=QUEUE, producer=producer, retry=False)
+                app.send_task(TASK_NAME, args=[hint.to_message()], queue=queue, producer=producer, retry=False)
                 sent += 1
     except (OperationalError, RedisError, OSError) as error:  # kombu wraps only some of them
         raise RedisUnavailable(f"the queue: {' '.join(str(error).split())}; check BLIP_REDIS_URL") from error

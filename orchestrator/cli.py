@@ -8,6 +8,7 @@ from typer.main import get_command
 
 from blip_engine.errors import BlipError
 
+from .cli_jobs import register_jobs
 from .cli_output import register_output
 from .cli_run import Column, given_columns, register
 from .errors import BlipBatchError
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="blip-batch",
     help="Caption, question and match images with BLIP: one command, correct files.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -106,6 +106,7 @@ def orchestrator(
 
 
 register(app)
+register_jobs(app)
 register_output(app)
 
 

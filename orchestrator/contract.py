@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -67,11 +67,12 @@ class JobSpec(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)  # as given; `blip_engine.requests.options_for` reads them
     chunk_rows: int | None = Field(default=None, ge=1, le=10_000)  # None: chosen by the planner
     max_error_ratio: float = Field(default=0.5, ge=0, le=1)  # stop above it, once 1,000 rows are done
+    weight: float = Field(default=1.0, gt=0, le=1000)  # its share of the workers, against other jobs' weights
     created_at: float  # Unix seconds
 
     def identity(self) -> dict[str, Any]:
         """What must agree for two submissions to be the same work on the same output."""
-        return self.model_dump(exclude={"id", "created_at", "max_error_ratio"})
+        return self.model_dump(exclude={"id", "created_at", "max_error_ratio", "weight"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +113,12 @@ class Hint:
     @classmethod
     def from_message(cls, message: object) -> "Hint":
         """Raises UsageError for anything but a whole, sane hint: the queue is an input like any other."""
-        if not isinstance(message, dict) or set(message) != {field.name for field in fields(cls)}:
+        if not isinstance(message, dict) or set(message) != {known.name for known in fields(cls)}:
             raise UsageError("not a hint: its keys differ")
-        for field in fields(cls):
-            value = message[field.name]
-            if type(value) is not field.type or (isinstance(value, int) and not 0 <= value < 2**53):
-                raise UsageError(f"not a hint: {field.name!r} is {str(value)[:40]!r}")
+        for known in fields(cls):
+            value = message[known.name]
+            if type(value) is not known.type or (isinstance(value, int) and not 0 <= value < 2**53):
+                raise UsageError(f"not a hint: {known.name!r} is {str(value)[:40]!r}")
         if len(json.dumps(message)) > HINT_BYTES:
             raise UsageError(f"not a hint: more than {HINT_BYTES} bytes")
         hint = cls(**message)
@@ -217,6 +218,8 @@ class JobState:
     failed: int
     restored: int = 0  # rows that were in storage already when the job began (again)
     round: int = 0  # 0: all rows; above: only those that had no result before (`retry`)
+    rows_per_second: float | None = field(default=None, compare=False)  # lately; None: not measured yet
+    worker_seconds: float = field(default=0.0, compare=False)  # spent on it by workers so far
     created_at: float | None = None
     in_progress_at: float | None = None
     finalizing_at: float | None = None

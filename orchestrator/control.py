@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -25,26 +25,51 @@ from .ledger import Ledger, StaleEpochError
 from .manifest import require_rows
 from .parts import PartInfo, describe, part_key
 from .plan import Plan, load_plan, make_plan
-from .rounds import present_chunks
+from .rounds import Round, existing_parts, load_rounds
+from .scheduling import Demand, Workers, chunk_rows_for, rooms, route, slots_per_worker, speed_key
 from .settings import Settings
 from .storage import open_store
 
-LEAST_IN_FLIGHT, MOST_IN_FLIGHT, PER_SLOT = 64, 4096, 4  # chunks
 MEMORY_LIMIT: Final = 0.7  # of Redis's maxmemory; nothing new is handed out above it
 GUARD_ROWS: Final = 1000  # max_error_ratio is looked at from so many rows on
 _BATCH: Final = 500  # chunks named in one call of a script
+_SPEED_SECONDS: Final = 30.0  # over which a job's speed is averaged
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What there is to do for a job: in the first round all of its plan, later what the last round is about."""
+
+    plan: Plan
+    rounds: list[Round]
+
+    @property
+    def number(self) -> int:
+        return len(self.rounds)
+
+    @property
+    def rows_per_chunk(self) -> float:
+        if self.rounds:
+            return sum(self.rounds[-1].rows) / len(self.rounds[-1].chunks)
+        return self.plan.rows / self.plan.chunks
+
+    def hint(self, job: str, chunk: int) -> Hint:
+        todo = self.rounds[-1].rows_of(chunk) if self.rounds else 0
+        return Hint.of(job, self.plan.hash, self.plan.chunk(chunk), self.number, todo)
+
+
 @dataclass
-class Round:
+class Step:
     """What one step works with."""
 
     epoch: str
-    room: int  # chunks of one job that may be in flight; 0: hand out nothing
+    workers: Workers
+    rooms: dict[str, int]  # job -> its chunks that may be in flight; none: hand out nothing
     reconcile: bool  # look for lost chunks this time
-    lost_hints: int  # chunks in flight that are neither leased nor in the queue: so many hints may be lost
+    #: Queue -> chunks in flight that are neither leased nor waiting there: so many hints may be lost.
+    lost_hints: dict[str, int]
 
 
 class Controller:
@@ -56,7 +81,7 @@ class Controller:
         self.owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._celery = make_celery(settings)
         self._specs: dict[str, JobSpec] = {}  # unfinished jobs: what brings them back to a Redis that lost everything
-        self._plans: dict[str, Plan] = {}
+        self._works: dict[str, Work] = {}
         self._recorded: set[str] = set()  # jobs whose job.json has the model
         self._slow = ThreadPoolExecutor(4, thread_name_prefix="plan-and-finalize")
         self._running: dict[str, Future[None]] = {}
@@ -86,7 +111,7 @@ class Controller:
         if epoch is None:
             return False
         jobs = self._unfinished()
-        this = self._new_round(epoch, jobs)
+        this = self._new_step(epoch, jobs)
         try:
             for spec, state in jobs:
                 self._guarded(spec, epoch, lambda: self._advance(spec, state, this))  # noqa: B023 -- called at once
@@ -114,25 +139,33 @@ class Controller:
 
     def _forget(self, job: str) -> None:
         self._specs.pop(job, None)
-        self._plans.pop(job, None)
+        self._works.pop(job, None)
         self._recorded.discard(job)
 
-    def _new_round(self, epoch: str, jobs: Sequence[tuple[JobSpec, JobState]]) -> Round:
-        working = [spec.id for spec, state in jobs if state.status == "in_progress"]
-        this = Round(epoch, self._room(len(working)), monotonic() >= self._next_reconcile, 0)
+    def _new_step(self, epoch: str, jobs: Sequence[tuple[JobSpec, JobState]]) -> Step:
+        working = [(spec, state) for spec, state in jobs if state.status == "in_progress"]
+        workers = self.ledger.live_workers() if working else {}
+        this = Step(epoch, workers, self._rooms(working, workers), monotonic() >= self._next_reconcile, {})
         if this.reconcile:
             self._next_reconcile = monotonic() + self.settings.reconcile_seconds
-            waiting = sum(self.ledger.in_flight(job)[2] for job in working)
-            this.lost_hints = max(0, waiting - self.ledger.queue_length())
+            for spec, _ in working:
+                queue = route(spec.model, workers)
+                if queue not in this.lost_hints:
+                    this.lost_hints[queue] = -self.ledger.queue_length(queue)
+                this.lost_hints[queue] += self.ledger.in_flight(spec.id)[2]
         return this
 
-    def _room(self, jobs: int) -> int:
-        if jobs == 0 or self.ledger.memory_ratio() >= MEMORY_LIMIT:
-            return 0
-        slots = sum(int(info.get("slots", 1)) for info in self.ledger.live_workers().values())
-        return max(1, min(MOST_IN_FLIGHT, max(LEAST_IN_FLIGHT, PER_SLOT * slots)) // jobs)
+    def _rooms(self, working: Sequence[tuple[JobSpec, JobState]], workers: Workers) -> dict[str, int]:
+        if not working or self.ledger.memory_ratio() >= MEMORY_LIMIT:
+            return {}
+        demands = []
+        for spec, state in working:
+            work, speed = self._works.get(spec.id), state.rows_per_second or 0.0
+            chunks = speed / work.rows_per_chunk if work else 0.0
+            demands.append(Demand(spec.id, spec.model, spec.weight, chunks))
+        return rooms(demands, workers)
 
-    def _advance(self, spec: JobSpec, state: JobState, this: Round) -> None:
+    def _advance(self, spec: JobSpec, state: JobState, this: Step) -> None:
         match state.status:
             case "validating":
                 self._in_background(spec, this.epoch, self._prepare)
@@ -143,54 +176,58 @@ class Controller:
             case "cancelling" if self.ledger.in_flight(spec.id)[1] == 0:
                 self.ledger.set_status(spec.id, "cancelled", epoch=this.epoch)
 
-    def _work(self, spec: JobSpec, state: JobState, this: Round) -> None:
+    def _work(self, spec: JobSpec, state: JobState, this: Step) -> None:
         _guard_errors(spec, state)
-        plan = self._plan(spec, state)
+        work = self._work_of(spec, state)
         if state.model is not None and spec.id not in self._recorded:
-            complete_job_record(plan.store, plan, state)
+            complete_job_record(work.plan.store, work.plan, state)
             self._recorded.add(spec.id)
         if state.chunks_done == state.chunks:
             self.ledger.set_status(spec.id, "finalizing", epoch=this.epoch)
             return
+        key, slots = speed_key(spec.task, spec.model), slots_per_worker(this.workers)
+        self.ledger.measure(spec.id, this.epoch, _SPEED_SECONDS, slots, key)
         if this.reconcile:
-            self._reconcile(spec.id, plan, this)
-            plan.check_manifest()
-        if this.room:
-            self._publish(spec.id, plan, self.ledger.feed(spec.id, this.epoch, this.room))
+            self._reconcile(spec, work, this)
+            work.plan.check_manifest()
+        if room := this.rooms.get(spec.id):
+            self._publish(spec, work, this, self.ledger.feed(spec.id, this.epoch, room))
 
-    def _plan(self, spec: JobSpec, state: JobState) -> Plan:
-        plan = self._plans.get(spec.id)
-        if plan is None or plan.hash != state.plan:
+    def _work_of(self, spec: JobSpec, state: JobState) -> Work:
+        work = self._works.get(spec.id)
+        if work is None or work.plan.hash != state.plan or work.number != state.round:
             plan = load_plan(open_store(spec.output, self.settings), self.settings)
             if plan is None or plan.hash != state.plan:
                 raise JobError("plan_invalid", f"{spec.output}/plan was removed or replaced; choose another output")
-            self._plans[spec.id] = plan
-        return plan
+            work = self._works[spec.id] = Work(plan, load_rounds(plan)[: state.round])
+        return work
 
-    def _publish(self, job: str, plan: Plan, chunks: Sequence[int]) -> None:
+    def _publish(self, spec: JobSpec, work: Work, this: Step, chunks: Sequence[int]) -> None:
         """After the chunks were set in flight: if we die in between, they are overdue later and published then."""
-        publish(self._celery, (Hint.of(job, plan.hash, plan.chunk(chunk)) for chunk in chunks))
+        hints = (work.hint(spec.id, chunk) for chunk in chunks)
+        publish(self._celery, hints, route(spec.model, this.workers))
 
-    def _reconcile(self, job: str, plan: Plan, this: Round) -> None:
+    def _reconcile(self, spec: JobSpec, work: Work, this: Step) -> None:
         """Overdue chunks: counted if their part is there, else published again.
 
         A chunk that was leased lost its worker. One that was not may still wait in a long queue: only as many of
         those are published again as hints are missing, so that the queue never grows by it.
         """
+        job, plan, queue = spec.id, work.plan, route(spec.model, this.workers)
         overdue = self.ledger.due(job)
         leased = [chunk for chunk, was_leased in overdue if was_leased]
-        unleased = [chunk for chunk, was_leased in overdue if not was_leased][: this.lost_hints]
-        this.lost_hints -= len(unleased)
+        unleased = [chunk for chunk, was_leased in overdue if not was_leased][: max(0, this.lost_hints[queue])]
+        this.lost_hints[queue] -= len(unleased)
         lost: list[int] = []
         for chunk in leased + unleased:
-            part = describe(plan.store, part_key(chunk, results=plan.results))
+            part = describe(plan.store, part_key(chunk, work.number, plan.results))
             if part is None:
                 lost.append(chunk)
             else:
-                self.ledger.mark(job, this.epoch, plan.hash, [_counts(part)])
+                self.ledger.mark(job, this.epoch, plan.hash, [_counts(part)], work.number)
         if lost:
             log.warning("%s: %d chunks lost their worker or hint; handing them out again", job, len(lost))
-            self._publish(job, plan, self.ledger.requeue(job, this.epoch, lost))
+            self._publish(spec, work, this, self.ledger.requeue(job, this.epoch, lost))
 
     def _in_background(self, spec: JobSpec, epoch: str, task: Callable[[JobSpec, str], None]) -> None:
         """Starts the job's slow task unless it runs: reading may take minutes, and the lead must be kept."""
@@ -222,7 +259,7 @@ class Controller:
     def _has_begun(self, job: str) -> bool:
         """An outage of the store is waited out, but for a job that was never planned: better to say so at once."""
         state = self.ledger.state(job)
-        return job in self._plans or (state is not None and state.plan is not None)
+        return job in self._works or (state is not None and state.plan is not None)
 
     def _fail(self, job: str, epoch: str, code: str, message: str) -> None:
         log.error("%s failed: %s", job, message)
@@ -234,33 +271,36 @@ class Controller:
         if load_plan(store, self.settings) is None:  # a manifest that cannot be read must not claim the output
             require_rows(spec.manifest, spec.manifest_format, self.settings, spec.columns)
         record = claim_output(spec, store)
-        plan = make_plan(spec, store, self.settings)
-        self._plans[spec.id] = plan
-        self.ledger.reset(spec.id, epoch, plan.hash, plan.chunks, plan.rows)
+        speed = self.ledger.speed(speed_key(spec.task, spec.model))
+        plan = make_plan(spec, store, self.settings, chunk_rows_for(speed))
+        work = Work(plan, load_rounds(plan))
+        self._works[spec.id] = work
+        self._restore(spec.id, epoch, work)
         if record.get("model"):
             self.ledger.report_model(spec.id, record["model"])
-        parts = self._existing_parts(plan)
-        while batch := [_counts(part) for part in islice(parts, _BATCH)]:
-            self.ledger.mark(spec.id, epoch, plan.hash, batch)
         state = self.ledger.state(spec.id)
         if state is not None:
             complete_job_record(store, plan, state)
         self.ledger.set_status(spec.id, "in_progress", epoch=epoch)
 
-    @staticmethod
-    def _existing_parts(plan: Plan) -> Iterator[PartInfo]:
-        chunks = iter(sorted(present_chunks(plan)))
-        with ThreadPoolExecutor(8, thread_name_prefix="parts") as pool:
-            while window := list(islice(chunks, 256)):
-                found = pool.map(lambda chunk: describe(plan.store, part_key(chunk, results=plan.results)), window)
-                yield from (part for part in found if part is not None)
+    def _restore(self, job: str, epoch: str, work: Work) -> None:
+        """Tells the ledger what there is to do, and what of it storage holds already."""
+        plan, number = work.plan, work.number
+        self.ledger.reset(job, epoch, plan.hash, plan.chunks, plan.rows, number)
+        if work.rounds:
+            to_do = iter(zip(work.rounds[-1].chunks, work.rounds[-1].rows, strict=True))
+            while batch := list(islice(to_do, _BATCH)):
+                self.ledger.open(job, epoch, plan.hash, number, batch)
+        parts = existing_parts(plan, number)
+        while found := [_counts(part) for part in islice(parts, _BATCH)]:
+            self.ledger.mark(job, epoch, plan.hash, found, number)
 
     def _finalize(self, spec: JobSpec, epoch: str) -> None:
         """finalizing → completed or failed; back to validating when parts are missing after all."""
         state = self.ledger.state(spec.id)
         if state is None:
             return
-        plan = self._plan(spec, state)
+        plan = self._work_of(spec, state).plan
         summary = finalize(spec, plan, state)
         if summary is None:
             log.warning("%s: parts are missing; handing their chunks out again", spec.id)
@@ -273,8 +313,8 @@ class Controller:
         self.ledger.set_status(spec.id, "completed", epoch=epoch)
 
 
-def _counts(part: PartInfo) -> tuple[int, int, int]:
-    return part.chunk, part.rows - part.failed, part.failed
+def _counts(part: PartInfo) -> tuple[int, int, int, str]:
+    return part.chunk, part.rows - part.failed, part.failed, part.codes
 
 
 def _guard_errors(spec: JobSpec, state: JobState) -> None:

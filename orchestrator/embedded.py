@@ -30,6 +30,7 @@ from .finalizer import read_summary
 from .jobs import check_owner, submit
 from .ledger import Ledger
 from .plan import load_plan
+from .rounds import load_rounds
 from .settings import Settings, load_settings
 from .storage import open_store
 
@@ -209,12 +210,18 @@ class Embedded:
 
 
 def finished_summary(spec: JobSpec, settings: Settings) -> dict[str, Any] | None:
-    """The summary of a job whose output is complete already. Raises UsageError when the output is of other work."""
+    """The summary of a job whose output is complete already, its last round included.
+
+    Raises UsageError when the output is of other work.
+    """
     store = open_store(spec.output, settings)
     if check_owner(spec, store) is None:
         return None
     plan = load_plan(store, settings)
-    return read_summary(plan) if plan is not None and store.head("summary.json") is not None else None
+    if plan is None or store.head("summary.json") is None:
+        return None
+    summary = read_summary(plan)
+    return summary if summary.get("round", 0) == len(load_rounds(plan)) else None
 
 
 def _as_environment(settings: Settings) -> Mapping[str, str]:

@@ -40,6 +40,7 @@ def make_spec(  # noqa: PLR0913 - a job has as many arguments as options
     options: Mapping[str, Any] | None = None,
     chunk_rows: int | None = None,
     max_error_ratio: float = 0.5,
+    weight: float = 1.0,
 ) -> JobSpec:
     """A whole spec, with its id; the same work on the same output always has the same id.
 
@@ -57,7 +58,7 @@ def make_spec(  # noqa: PLR0913 - a job has as many arguments as options
             id="draft", task=task, model=_models(task, model or DEFAULT_MODELS[task]), manifest=manifest_uri(manifest),
             manifest_format=manifest_format, columns=checked_columns(columns or {}), output=_output(output),
             results=results, options=dict(options or {}), chunk_rows=chunk_rows, max_error_ratio=max_error_ratio,
-            created_at=time.time(),
+            weight=weight, created_at=time.time(),
         )  # fmt: skip
     except OptionError as error:
         raise UsageError(str(error)) from None

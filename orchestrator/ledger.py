@@ -11,7 +11,9 @@ and timed by Redis's own clock. Keys, for a job <id>:
     blip:workers               ZSET  worker id -> last seen (ms);  blip:workers:info HASH worker id -> JSON
     blip:job:<id>              HASH  spec (JSON), status, plan (hash), chunks, total (rows), next (chunk to feed),
                                      chunks_done, completed, failed, restored (rows), fence (last one given),
-                                     error (JSON), model (JSON), weights (sha256), <status>_at (ms)
+                                     error (JSON), model (JSON), weights (sha256), <status>_at (ms), round,
+                                     rate, rate_weight, rate_rows, rate_at (ms): rows/s as a moving average,
+                                     worker_seconds (spent on it)
     blip:job:<id>:done         BITMAP  a bit per chunk: its part is in storage and counted
     blip:job:<id>:inflight     ZSET  chunk -> deadline (ms): handed out, leased or not; overdue ones are looked after
     blip:job:<id>:leases       HASH  chunk -> "fence deadline rows worker"; kept after its deadline, until someone
@@ -19,6 +21,8 @@ and timed by Redis's own clock. Keys, for a job <id>:
     blip:job:<id>:attempts     HASH  chunk -> starts, drained ones not counted
     blip:job:<id>:cursor       HASH  chunk -> row that its worker is at, when it goes row by row
     blip:job:<id>:blame        HASH  "chunk:row" -> workers that died at this row
+    blip:job:<id>:codes        HASH  error code -> rows
+    blip:speeds                HASH  "task model" -> rows/s of one lease
     blip                       LIST  the Celery queue (`broker`); only its length is read here
 """
 
@@ -59,6 +63,7 @@ class Lease:
     job: str
     chunk: int
     plan: str
+    round: int
     fence: int  # rises with each lease of the job; an older holder's writes are refused
     attempt: int  # 1 for the first start; above 1, the worker before died
     worker: str
@@ -169,11 +174,11 @@ class Ledger:
     # Chunks: for workers
 
     def acquire(self, hint: Hint, worker: str) -> Lease | NotLeased:
-        answer = self._run("acquire", hint.job, hint.chunk, hint.plan, worker, self._lease_ms)
+        answer = self._run("acquire", hint.job, hint.chunk, hint.plan, hint.round, worker, self._lease_ms)
         if answer[0] != "leased":
             missed: NotLeased = answer[0]
             return missed
-        return Lease(hint.job, hint.chunk, hint.plan, int(answer[1]), int(answer[2]), worker)
+        return Lease(hint.job, hint.chunk, hint.plan, hint.round, int(answer[1]), int(answer[2]), worker)
 
     def renew(self, lease: Lease, rows_done: int) -> bool:
         """False: stop; the lease is lost, or the job is paused, cancelled or failed."""
@@ -183,9 +188,10 @@ class Ledger:
         """Gives an unfinished chunk back (drain). The attempt is not counted; its hint must go back to the queue."""
         return bool(self._run("release", *_holder(lease), self._lease_ms))
 
-    def commit(self, chunk: Lease | Hint, completed: int, failed: int) -> bool:
-        """Counts a chunk whose part is in storage. True the first time only."""
-        return bool(self._run("commit", chunk.job, chunk.chunk, chunk.plan, completed, failed))
+    def commit(self, chunk: Lease | Hint, completed: int, failed: int, codes: str = "") -> bool:
+        """Counts a chunk whose part is in storage; `codes` as `parts.PartInfo` has them. True the first time only."""
+        counts = completed, failed, codes
+        return bool(self._run("commit", chunk.job, chunk.chunk, chunk.plan, chunk.round, *counts))
 
     def blame(self, lease: Lease, row: int) -> bool:
         """Before a row is worked on alone: if this worker dies, the row gets the blame. False: the lease is lost."""
@@ -214,13 +220,38 @@ class Ledger:
         epoch: str | None = self._run("lead", owner, int(seconds * 1000))
         return epoch
 
-    def reset(self, job: str, epoch: str, plan: str, chunks: int, rows: int) -> None:
-        """Sets the job's plan and forgets all work; `mark` then brings back what storage holds."""
-        self._fresh(self._run("reset", job, epoch, plan, chunks, rows))
+    def reset(self, job: str, epoch: str, plan: str, chunks: int, rows: int, round_number: int = 0) -> None:
+        """Sets the job's plan and round and forgets all work; `mark` then brings back what storage holds.
 
-    def mark(self, job: str, epoch: str, plan: str, done: Iterable[tuple[int, int, int]]) -> None:
-        """Counts (chunk, completed, failed) of parts that were found in storage."""
-        self._fresh(self._run("mark", job, epoch, plan, *(number for part in done for number in part)))
+        In a round after the first, `open` then says what there is to do.
+        """
+        self._fresh(self._run("reset", job, epoch, plan, chunks, rows, round_number))
+
+    def open(self, job: str, epoch: str, plan: str, round_number: int, chunks: Iterable[tuple[int, int]]) -> None:
+        """(chunk, rows) that this round is about."""
+        flat = (number for chunk in chunks for number in chunk)
+        self._fresh(self._run("open", job, epoch, plan, round_number, *flat))
+
+    def mark(
+        self, job: str, epoch: str, plan: str, done: Iterable[tuple[int, int, int, str]], round_number: int = 0
+    ) -> None:
+        """Counts (chunk, completed, failed, codes) of parts of the round that were found in storage."""
+        flat = (value for part in done for value in part)
+        self._fresh(self._run("mark", job, epoch, plan, round_number, *flat))
+
+    def measure(self, job: str, epoch: str, seconds: float, slots: float, key: str) -> None:
+        """Takes the job's speed, at most once a second, averaged over about `seconds`; see `speed` for `key`."""
+        self._fresh(self._run("rate", job, epoch, seconds, slots, key))
+
+    def speed(self, key: str) -> float | None:
+        """Rows per second of one lease, as last measured for `key` ("task model")."""
+        found = self._ask(lambda: self._redis.hget("blip:speeds", key))
+        return float(found) if found else None
+
+    def error_codes(self, job: str) -> dict[str, int]:
+        """Failed rows by code, most first."""
+        found = self._ask(lambda: self._redis.hgetall(_key(job) + ":codes"))
+        return dict(sorted(((code, int(rows)) for code, rows in found.items()), key=lambda pair: -pair[1]))
 
     def feed(self, job: str, epoch: str, most: int) -> list[int]:
         """Moves the next chunks in flight, to at most `most`; they are then to be published."""
@@ -235,8 +266,8 @@ class Ledger:
         """Gives overdue chunks a new deadline; those returned are to be published again."""
         return _ints(self._fresh(self._run("requeue", job, epoch, self._lease_ms, *chunks)))
 
-    def queue_length(self) -> int:
-        return int(self._ask(lambda: self._redis.llen(QUEUE)))
+    def queue_length(self, queue: str = QUEUE) -> int:
+        return int(self._ask(lambda: self._redis.llen(queue)))
 
     def memory_ratio(self) -> float:
         """Used memory / maxmemory; 0 where there is no limit."""
@@ -269,9 +300,16 @@ def _state(job: str, fields: Mapping[str, str]) -> JobState:
     times = {name: int(value) / 1000 for name, value in fields.items() if name in _TIMES}
     return JobState(
         job, fields["status"], fields.get("plan"), count("chunks"), count("chunks_done"),  # type: ignore[arg-type]
-        count("total"), count("completed"), count("failed"), count("restored"),
+        count("total"), count("completed"), count("failed"), count("restored"), count("round"),
+        rows_per_second=_rate(fields), worker_seconds=float(fields.get("worker_seconds") or 0),
         error=json.loads(fields.get("error") or "null"), model=json.loads(fields.get("model") or "null"), **times,
     )  # fmt: skip
+
+
+def _rate(fields: Mapping[str, str]) -> float | None:
+    """None until it was measured; the weight mends the average's slow start from nothing."""
+    weight = float(fields.get("rate_weight") or 0)
+    return float(fields["rate"]) / weight if weight else None
 
 
 _TIMES: Final = frozenset(

@@ -26,6 +26,7 @@ class PartInfo:
     rows: int
     failed: int  # of these, rows with an error record
     sha256: str
+    codes: str = ""  # errors by code, "image_not_found=3,crashed=1"; empty where the part's metadata does not tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +78,10 @@ def put_part(
         raise PartError(f"chunk {hint.chunk}: its records are not its rows; nothing was written")
     data = encode(records, results, records[0]["task"])
     failed = sum(1 for record in records if record["error"] is not None)
-    info = PartInfo(hint.chunk, len(records), failed, hashlib.sha256(data).hexdigest())
+    info = PartInfo(hint.chunk, len(records), failed, hashlib.sha256(data).hexdigest(), _codes(records))
     metadata = {
         "rows": str(info.rows), "failed": str(failed), "sha256": info.sha256, "plan": hint.plan,
-        "weights": weights_sha256,
+        "weights": weights_sha256, "codes": info.codes,
     }  # fmt: skip
     key = part_key(hint.chunk, hint.round, results)
     if store.put_new(key, data, metadata=metadata):
@@ -96,10 +97,10 @@ def describe(store: Store, key: str) -> PartInfo | None:
     chunk = int(named[1])
     if {"rows", "failed", "sha256"} <= set(head.metadata):
         meta = head.metadata
-        return PartInfo(chunk, int(meta["rows"]), int(meta["failed"]), meta["sha256"])
+        return PartInfo(chunk, int(meta["rows"]), int(meta["failed"]), meta["sha256"], meta.get("codes", ""))
     records, digest = read_part(store, key)
     failed = sum(1 for record in records if record.get("error") is not None)
-    return PartInfo(chunk, len(records), failed, digest)
+    return PartInfo(chunk, len(records), failed, digest, _codes(records))
 
 
 def read_part(store: Store, key: str) -> tuple[list[dict[str, Any]], str]:
@@ -129,7 +130,8 @@ def check(
     if problem:
         raise PartError(f"{store.uri(key)}: {problem}; {_WAY_OUT}")
     failures = [record for record in records if record["error"] is not None]
-    return CheckedPart(key, PartInfo(chunk.id, len(records), len(failures), digest), records, failures)
+    info = PartInfo(chunk.id, len(records), len(failures), digest, _codes(failures))
+    return CheckedPart(key, info, records, failures)
 
 
 _WAY_OUT: Final = "delete this part and run the job again"
@@ -155,6 +157,11 @@ def as_manifest_row(failure: dict[str, Any]) -> dict[str, Any]:
     if failure["id"] is not None:
         row["id"] = failure["id"]
     return {**row, "error": failure["error"]}
+
+
+def _codes(records: Sequence[dict[str, Any]]) -> str:
+    counts = count_codes([record for record in records if record.get("error") is not None])
+    return ",".join(f"{code}={rows}" for code, rows in sorted(counts.items()))
 
 
 def count_codes(failures: Sequence[dict[str, Any]]) -> Counter[str]:

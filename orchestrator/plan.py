@@ -107,9 +107,10 @@ def load_plan(store: Store, settings: Settings) -> Plan | None:
         raise JobError("plan_invalid", f"{store.uri(PLAN_KEY)} is not a plan; choose another output") from None
 
 
-def make_plan(spec: JobSpec, store: Store, settings: Settings) -> Plan:
+def make_plan(spec: JobSpec, store: Store, settings: Settings, worth: int | None = None) -> Plan:
     """The output's plan, made and written if there is none. Raises ManifestError and StorageError.
 
+    `worth`: rows that a chunk of automatic size is to have at most (`scheduling.chunk_rows_for`); None: not known.
     May be killed at any point, and may run twice at once: `plan.json` is written last, and the first one stays.
     """
     found = load_plan(store, settings)
@@ -117,12 +118,13 @@ def make_plan(spec: JobSpec, store: Store, settings: Settings) -> Plan:
         return found
     source = open_manifest(spec.manifest, spec.manifest_format, settings, spec.columns)
     if not source.staged:
-        return draft_plan(source, source, spec.chunk_rows).write(store, settings, spec.results)
+        return draft_plan(source, source, spec.chunk_rows, worth).write(store, settings, spec.results)
     with staged(source, settings) as rows:
         key = f"plan/rows-{rows.sha256[:32]}.jsonl"
         if store.head(key) is None:
             store.put_file(key, rows.path)
-    return draft_plan(source, stored_rows(source, store, key), spec.chunk_rows).write(store, settings, spec.results)
+    lines = stored_rows(source, store, key)
+    return draft_plan(source, lines, spec.chunk_rows, worth).write(store, settings, spec.results)
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class Draft:
         return plan
 
 
-def draft_plan(source: Source, lines: Source, chunk_rows: int | None) -> Draft:
+def draft_plan(source: Source, lines: Source, chunk_rows: int | None, worth: int | None = None) -> Draft:
     """Scans `lines`, which hold the rows of `source`. Raises ManifestError, also when they change meanwhile."""
 
     def read(start: int, end: int) -> bytes:
@@ -169,11 +171,13 @@ def draft_plan(source: Source, lines: Source, chunk_rows: int | None) -> Draft:
 
     starts, ends, rows = array("q"), array("q"), array("q")
     try:
-        chunk_rows = chunk_rows or choose_chunk_rows(lines.size, read(0, min(lines.size, 2**20)))
+        chunk_rows = chunk_rows or choose_chunk_rows(lines.size, read(0, min(lines.size, 2**20)), worth)
         for chunk in scan(read, lines.size, chunk_rows):
             starts.append(chunk.start)
             ends.append(chunk.end)
             rows.append(chunk.rows)
+    except ManifestError as error:
+        raise ManifestError(f"{source.uri}: {error}") from None
     except ObjectChanged:
         raise ManifestError(f"{lines.uri} was changed while it was being read; run again once it is complete") from None
     if not rows:

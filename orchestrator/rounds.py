@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from .contract import Chunk, ResultFormat
 from .errors import JobError, ObjectNotFound
-from .parts import CheckedPart, PartError, check, chunk_of, describe, part_key, part_prefix, read_part
+from .parts import CheckedPart, PartError, PartInfo, check, chunk_of, describe, part_key, part_prefix, read_part
 from .plan import Plan
 from .storage import Store
 
@@ -128,6 +128,15 @@ def present_chunks(plan: Plan, number: int = 0) -> set[int]:
     return {chunk for chunk in found if chunk is not None and chunk < plan.chunks}
 
 
+def existing_parts(plan: Plan, number: int = 0) -> Iterator[PartInfo]:
+    """What is known of the round's parts, in order; only a window of them is looked at ahead."""
+    chunks = iter(sorted(present_chunks(plan, number)))
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="parts") as pool:
+        while window := list(islice(chunks, 32 * _READERS)):
+            found = pool.map(lambda chunk: describe(plan.store, part_key(chunk, number, plan.results)), window)
+            yield from (part for part in found if part is not None)
+
+
 def is_complete(plan: Plan, rounds: Sequence[Round]) -> bool:
     """Whether the last round has all of its parts. Raises StorageError."""
     if not rounds:
@@ -186,6 +195,19 @@ def _parts_of(chunk: Chunk, rounds: Sequence[Round]) -> Iterator[tuple[int, int]
     for this in rounds:
         if rows := this.rows_of(chunk.id):
             yield this.number, rows
+
+
+def known_failures(plan: Plan) -> Iterator[dict[str, Any]]:
+    """The error records so far, in manifest order, of a job that may be at work; only the latest outcome counts."""
+    numbers = range(len(load_rounds(plan)) + 1)
+    present = [present_chunks(plan, number) for number in numbers]
+    for chunk in plan.all_chunks():
+        latest: dict[int, dict[str, Any]] = {}
+        for number in numbers:
+            if chunk.id in present[number]:
+                records, _ = read_part(plan.store, part_key(chunk.id, number, plan.results))
+                latest.update((record["row"], record) for record in records)
+        yield from (latest[row] for row in sorted(latest) if latest[row]["error"] is not None)
 
 
 def merged_chunks(plan: Plan) -> Iterator[MergedChunk]:

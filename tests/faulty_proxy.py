@@ -24,6 +24,7 @@ class FaultyProxy:
         self.always: Fault = "pass"
         self.methods = {"GET", "PUT", "HEAD"}
         self.seen: list[str] = []  # methods, in order
+        self.requests: list[tuple[str, str]] = []  # methods and paths, in order
         self.released = threading.Event()  # ends all hangs
         proxy = self
 
@@ -58,6 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.owner.requests.append((self.command, self.path.partition("?")[0]))
         fault = self.owner.next_fault(self.command)
         if isinstance(fault, int):
             self.answer(fault, [], b"")

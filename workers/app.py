@@ -14,6 +14,7 @@ from celery.signals import worker_shutting_down
 
 from orchestrator.broker import TASK_NAME, make_celery
 from orchestrator.ledger import QUEUE
+from orchestrator.scheduling import queue_of
 from orchestrator.settings import Settings
 
 from .worker import PutBack, Refuse, Worker
@@ -67,10 +68,11 @@ def run_worker(settings: Settings) -> int:
 
 
 def _consume(app: Celery, settings: Settings, name: str) -> None:
+    queues = [queue_of(model) for model in settings.models] or [QUEUE]
     # Threads: they answer pings while busy, and leave CUDA to one child. The rest is chatter we have no use for.
     celery_worker = app.Worker(
         pool="threads", concurrency=settings.worker_threads, without_gossip=True, without_mingle=True,
-        hostname=f"blip@{name}", queues=[QUEUE], loglevel="INFO", quiet=True,
+        hostname=f"blip@{name}", queues=queues, loglevel="INFO", quiet=True,
     )  # fmt: skip
     celery_worker.start()
 

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 from blip_engine.requests import Options, options_for
-from orchestrator.contract import Hint, JobSpec
+from orchestrator.contract import BadRow, Hint, JobSpec, Row
 from orchestrator.errors import JobError
 from orchestrator.fetch import ImagePolicy
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, load_plan
+from orchestrator.rounds import numbers_to_do
 from orchestrator.settings import Settings
 from orchestrator.storage import Store, open_store
 
@@ -36,6 +37,18 @@ class OpenJob:
         if plan is None or plan.hash != hint.plan:
             raise JobError("plan_changed", f"{spec.output} has another plan than the job's; choose another output")
         return cls(spec, store, plan, options_for(spec.task, spec.options), plan.image_policy())
+
+    def rows(self, hint: Hint) -> list[Row | BadRow]:
+        """The rows that the hint is about: the chunk's, in a later round those without a result.
+
+        Raises JobError (`manifest_changed`, PartError) and StorageError.
+        """
+        chunk = hint.as_chunk()
+        rows = self.plan.read_rows(chunk, self.spec.task)
+        if hint.round == 0:
+            return rows
+        numbers = set(numbers_to_do(self.store, chunk, hint.round, hint.todo, self.plan.results))
+        return [row for row in rows if row.number in numbers]
 
     def report(self, ledger: Ledger, checkpoint: Checkpoint) -> None:
         """Tell the ledger what serves this job. Raises JobError when it began with other weights."""

@@ -131,7 +131,7 @@ class ChunkRun:
         self.most_flying = 1 << 30  # the lane's slots are the bound
         #: In row order; complete once `rows_done` is the number of rows.
         self.records: list[dict[str, Any]] = [{}] * len(rows)
-        self._first = rows[0].number if rows else 0
+        self._places = {row.number: place for place, row in enumerate(rows)}  # in a retry, rows have gaps
 
     def before(self, rows: list[Row]) -> None:
         """Called before these rows are worked on."""
@@ -172,7 +172,7 @@ class ChunkRun:
                 self.fail([row], Failure("internal", "the model's result is not a finite number"))
 
     def _settle(self, row: Row | BadRow, record: dict[str, Any]) -> None:
-        self.records[row.number - self._first] = record
+        self.records[self._places[row.number]] = record
         self.rows_done += 1
 
 

@@ -73,7 +73,11 @@ class Worker:
         self._lanes: LifoQueue[Lane] = LifoQueue()
         for number in range(settings.worker_threads):
             self._lanes.put(Lane(range(number, settings.slots, settings.worker_threads), self.loaders, self.engine))
-        self._keeper = LeaseKeeper(self.ledger, settings, name, {"slots": settings.worker_threads})
+        #: What others are told of this worker; `models` grows as checkpoints are loaded.
+        self._presence: dict[str, Any] = {
+            "slots": settings.worker_threads, "models": [], "only": list(settings.models),
+        }  # fmt: skip
+        self._keeper = LeaseKeeper(self.ledger, settings, name, self._presence)
         self._jobs: dict[tuple[str, str], OpenJob] = {}
         self._drain_until: float | None = None
 
@@ -143,11 +147,12 @@ class Worker:
         job = self._open(hint)
         part = describe(job.store, part_key(hint.chunk, hint.round, job.plan.results))
         if part is None:
-            records, weights = self._compute(job, hint, held, lane)
+            rows = job.rows(hint)
+            records, weights = self._compute(job, rows, held, lane)
             if held.lost:
                 raise _Abandon("the lease ran out before the part was written", put_back=False)
-            part = put_part(job.store, hint, records, weights, results=job.plan.results)
-        self.ledger.commit(held.lease, part.rows - part.failed, part.failed)
+            part = put_part(job.store, hint, records, weights, [row.number for row in rows], job.plan.results)
+        self.ledger.commit(held.lease, part.rows - part.failed, part.failed, part.codes)
         seconds = time.monotonic() - held.started
         _log.info("chunk %d of %s: %d rows, %d failed, %.1f s", hint.chunk, hint.job, part.rows, part.failed, seconds)
 
@@ -159,11 +164,12 @@ class Worker:
             self._jobs[key] = OpenJob.of(self.ledger, hint, self._settings)
         return self._jobs[key]
 
-    def _compute(self, job: OpenJob, hint: Hint, held: Held, lane: Lane) -> tuple[list[dict[str, Any]], str]:
-        """The chunk's records, and the sha256 of the weights they come from."""
+    def _compute(
+        self, job: OpenJob, rows: list[Row | BadRow], held: Held, lane: Lane
+    ) -> tuple[list[dict[str, Any]], str]:
+        """The records of rows, and the sha256 of the weights they come from."""
         checkpoint = self._checkpoint(job, held)
         context = JobContext(job.spec.task, job.options, checkpoint, job.images.resolve)
-        rows = job.plan.read_rows(hint.as_chunk(), job.spec.task)
         return lane.run(self._run_for(context, rows, held)), checkpoint.weights_sha256
 
     def _checkpoint(self, job: OpenJob, held: Held) -> Checkpoint:
@@ -176,6 +182,8 @@ class Worker:
                 future.result(_POLL_SECONDS)
         checkpoint = future.result()  # CheckpointError ends the job
         job.report(self.ledger, checkpoint)
+        held_now = dict.fromkeys([*self._presence["models"], *job.spec.model.split("+")])
+        self._presence["models"] = list(held_now)
         return checkpoint
 
     def _run_for(self, context: JobContext, rows: list[Row | BadRow], held: Held) -> ChunkRun:

@@ -1,4 +1,4 @@
--- job, chunk, plan, completed, failed -> 1 the first time, else 0. No lease is needed: the part is in storage.
+-- job, chunk, plan, round, completed, failed, codes -> 1 the first time, else 0. No lease is needed: the part is there.
 local job = job_key(ARGV[1])
-if redis.call('HGET', job, 'plan') ~= ARGV[3] then return 0 end
-return mark_done(job, ARGV[2], ARGV[4], ARGV[5])
+if not is_round(job, ARGV[3], ARGV[4]) then return 0 end
+return mark_done(job, ARGV[2], ARGV[5], ARGV[6], ARGV[7])

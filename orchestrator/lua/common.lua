@@ -35,8 +35,14 @@ local function bury(job, chunk)
   redis.call('HDEL', job .. ':leases', chunk)
 end
 
--- Sets a chunk's bit and counts its rows, the first time only.
-local function mark_done(job, chunk, completed, failed)
+-- Whether the job is at this round of this plan.
+local function is_round(job, plan, round)
+  local at = redis.call('HMGET', job, 'plan', 'round')
+  return at[1] == plan and (at[2] or '0') == round
+end
+
+-- Sets a chunk's bit and counts its rows, the first time only. Codes of errors are "code=rows,code=rows".
+local function mark_done(job, chunk, completed, failed, codes)
   redis.call('HDEL', job .. ':leases', chunk)
   redis.call('HDEL', job .. ':attempts', chunk)
   redis.call('HDEL', job .. ':cursor', chunk)
@@ -45,5 +51,6 @@ local function mark_done(job, chunk, completed, failed)
   redis.call('HINCRBY', job, 'chunks_done', 1)
   redis.call('HINCRBY', job, 'completed', completed)
   redis.call('HINCRBY', job, 'failed', failed)
+  for code, rows in string.gmatch(codes, '([%w_]+)=(%d+)') do redis.call('HINCRBY', job .. ':codes', code, rows) end
   return 1
 end

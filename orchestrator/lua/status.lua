@@ -6,7 +6,21 @@ local allowed = false
 for i = 5, #ARGV do allowed = allowed or status == ARGV[i] end
 if not allowed then return 0 end
 
+-- Hints of a paused job were dropped: what nobody holds is handed out again.
+if new == 'in_progress' and status == 'paused' then
+  local now = now_ms()
+  for _, chunk in ipairs(redis.call('ZRANGE', job .. ':inflight', 0, -1)) do
+    local lease = read_lease(job, chunk)
+    if not lease or lease.deadline <= now then
+      bury(job, chunk)
+      redis.call('ZREM', job .. ':inflight', chunk)
+    end
+  end
+  redis.call('HSET', job, 'next', 0)
+end
+
 redis.call('HSET', job, 'status', new, 'error', ARGV[4])
+redis.call('HDEL', job, 'rate_at', 'rate_rows', 'rate', 'rate_weight')
 if new == 'validating' then -- it begins again
   redis.call('HDEL', job, 'in_progress_at', 'restored', 'finalizing_at', 'failed_at', 'cancelled_at', 'completed_at')
 elseif new == 'in_progress' then

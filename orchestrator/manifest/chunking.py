@@ -15,12 +15,18 @@ from ..rows import BOM
 BLOCK: Final = 8 * 2**20  # bytes read at once
 LONGEST_CHUNK: Final = 32 * 2**20  # bytes; a chunk of longer rows has fewer of them
 SMALLEST_CHUNK, LARGEST_CHUNK, AIM_CHUNKS = 16, 512, 64  # rows, rows, chunks
+SMALLEST_WORTH: Final = 64  # rows, where the speed is known
 
 
-def choose_chunk_rows(size: int, head: bytes) -> int:
-    """Rows a chunk, from the manifest's size and first bytes: enough chunks for many workers and a moving bar."""
+def choose_chunk_rows(size: int, head: bytes, worth: int | None = None) -> int:
+    """Rows a chunk, from the manifest's size and first bytes: enough chunks for many workers and a moving bar.
+
+    `worth`: rows that are about as much work as a chunk should be, where the speed is known; they are the bound then.
+    """
     lines = max(1, head.count(b"\n"))
     rows = lines if size <= len(head) else size * lines // len(head)
+    if worth is not None:
+        return min(worth, max(SMALLEST_WORTH, rows // AIM_CHUNKS))
     return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, rows // AIM_CHUNKS))
 
 
@@ -72,8 +78,6 @@ def _shorter_run(
     found = some.match(buffer, at, max(at, end))
     if found is None:
         if not at_end:
-            raise ManifestError(
-                f"row {first_row} of the manifest is longer than {LONGEST_CHUNK >> 20} MiB; is it text?"
-            )
+            raise ManifestError(f"row {first_row} is longer than {LONGEST_CHUNK >> 20} MiB; is it text?")
         return None, 0
     return found, sum(1 for line in found.group().split(b"\n") if line.strip())

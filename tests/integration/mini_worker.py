@@ -5,6 +5,7 @@ As a program: `python mini_worker.py NAME SECONDS_PER_CHUNK` works until it is k
 
 import sys
 import time
+from pathlib import Path
 from queue import Empty
 
 from orchestrator.broker import QUEUE, make_celery
@@ -13,6 +14,7 @@ from orchestrator.errors import JobError, RedisUnavailable
 from orchestrator.ledger import Lease, Ledger
 from orchestrator.parts import describe, part_key, put_part
 from orchestrator.plan import load_plan
+from orchestrator.rounds import numbers_to_do
 from orchestrator.settings import Settings, load_settings
 from orchestrator.storage import open_store
 
@@ -20,10 +22,11 @@ WEIGHTS = "f" * 64
 
 
 def record(row: Row | BadRow, spec: JobSpec) -> dict[str, object]:
-    """Images named `bad…` fail, all others have a result that names them."""
+    """Images named `bad…` fail until a file `mended-…` is there, all others have a result that names them."""
     if isinstance(row, BadRow):
         return error_row(row, spec.task, row.code, row.message)
-    if row.image.rpartition("/")[2].startswith("bad"):
+    name = row.image.rpartition("/")[2]
+    if name.startswith("bad") and not (Path(spec.manifest).parent / f"mended-{name}").exists():
         return error_row(row, spec.task, "image_not_found", f"{row.image} does not exist")
     return result_row(row, spec.task, {"caption": row.image, "score": -0.5, "tokens": 3})
 
@@ -36,6 +39,7 @@ class MiniWorker:
         self.ledger = Ledger.connect(settings)
         self.app = make_celery(settings)
         self.outcomes: list[str] = []  # of each hint: done, busy, gone, or committed
+        self.worked: list[int] = []  # numbers of the rows that were computed
 
     def take(self) -> Hint | None:
         """Pops and acknowledges one hint, if there is one."""
@@ -61,12 +65,17 @@ class MiniWorker:
         store = open_store(spec.output, self.settings)
         plan = load_plan(store, self.settings)
         assert plan is not None
-        info = describe(store, part_key(hint.chunk))
+        info = describe(store, part_key(hint.chunk, hint.round, plan.results))
         if info is None:
             self.ledger.report_model(hint.job, {"source": spec.model, "weights_sha256": WEIGHTS})
-            records = [record(row, spec) for row in plan.read_rows(hint.as_chunk(), spec.task)]
-            info = put_part(store, hint, records, WEIGHTS)
-        return self.ledger.commit(hint, info.rows - info.failed, info.failed)
+            rows = plan.read_rows(hint.as_chunk(), spec.task)
+            numbers = [row.number for row in rows]
+            if hint.round:
+                numbers = numbers_to_do(store, hint.as_chunk(), hint.round, hint.todo, plan.results)
+            records = [record(row, spec) for row in rows if row.number in numbers]
+            self.worked += numbers
+            info = put_part(store, hint, records, WEIGHTS, numbers, plan.results)
+        return self.ledger.commit(hint, info.rows - info.failed, info.failed, info.codes)
 
     def work(self, hint: Hint, seconds: float = 0.0) -> None:
         lease = self.start(hint)

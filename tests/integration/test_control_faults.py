@@ -120,6 +120,7 @@ def test_hints_that_wait_in_a_long_queue_are_not_multiplied(
     settings: Settings, controller: Controller, tmp_path: Path
 ) -> None:
     job = submit(controller.ledger, caption_spec(write_manifest(tmp_path, 300), tmp_path / "out"), settings)
+    controller.ledger.worker_seen("idle", {"slots": 30})
     advance(controller, job, lambda state: state.status == "in_progress")
     for _ in range(5):  # far beyond every deadline, with no worker
         controller.step()

@@ -116,21 +116,22 @@ def test_blame_with_many_suspects_is_complete(ledger: Ledger) -> None:
 
 def test_feeding_is_bounded_and_skips_what_is_done(ledger: Ledger) -> None:
     epoch = begin(ledger)
-    ledger.mark("job-1", epoch, PLAN, [(0, 10, 0), (2, 9, 1)])
+    ledger.mark("job-1", epoch, PLAN, [(0, 10, 0, ""), (2, 9, 1, "crashed=1")])
     assert ledger.feed("job-1", epoch, 3) == [1, 3, 4]
     assert ledger.feed("job-1", epoch, 3) == []
     assert ledger.in_flight("job-1") == (0, 0, 3)
+    assert ledger.error_codes("job-1") == {"crashed": 1}
     ledger.commit(HINT, 10, 0)
     assert ledger.feed("job-1", epoch, 100) == [5, 6, 7, 8, 9]
     assert ledger.feed("job-1", epoch, 100) == []
 
 
-def test_a_huge_job_that_is_nearly_done_is_fed_in_bounded_steps(ledger: Ledger) -> None:
+def test_a_huge_job_that_is_nearly_done_is_fed_at_once(ledger: Ledger) -> None:
     epoch = begin(ledger, chunks=20_001)
     for begun in range(0, 20_000, 1000):
-        ledger.mark("job-1", epoch, PLAN, [(chunk, 10, 0) for chunk in range(begun, begun + 1000)])
-    fed = [ledger.feed("job-1", epoch, 64) for _ in range(6)]
-    assert fed == [[], [], [], [], [20_000], []]
+        ledger.mark("job-1", epoch, PLAN, [(chunk, 10, 0, "") for chunk in range(begun, begun + 1000)])
+    fed = [ledger.feed("job-1", epoch, 64) for _ in range(3)]
+    assert fed == [[20_000], [], []]
 
 
 def test_overdue_hints_and_leases_are_told_apart(ledger: Ledger) -> None:

@@ -1,0 +1,89 @@
+"""Who gets the workers: to which queue a job's hints go, and how many of its chunks are handed out at once."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from .ledger import QUEUE
+
+#: Chunks in flight for each slot: one in work, one waiting. More would only stand in the way of the next job.
+PER_SLOT: Final = 2
+LEAST_IN_FLIGHT, MOST_IN_FLIGHT = 8, 4096  # chunks of all jobs; of one job
+AHEAD_SECONDS: Final = 2.0  # short chunks: so much work waits too, for the control loop looks only now and then
+CHUNK_SECONDS: Final = 30.0  # what a chunk of automatic size should take
+SMALLEST_CHUNK, LARGEST_CHUNK = 64, 4096  # rows
+
+Workers = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A job that is being worked on."""
+
+    job: str
+    model: str
+    weight: float
+    chunks_per_second: float = 0.0  # as lately done
+
+
+def queue_of(model: str) -> str:
+    """The queue of the workers that serve this model alone, or a few, this among them."""
+    return f"{QUEUE}.{hashlib.sha256(model.encode()).hexdigest()[:16]}"
+
+
+def route(model: str, workers: Workers) -> str:
+    """Where the model's hints go now: to its own queue if a live worker listens there, else to everyone's."""
+    if any(_limited_to(info, model) for info in workers.values()):
+        return queue_of(_named(model)[0])
+    return QUEUE
+
+
+def servers(model: str, workers: Workers) -> dict[str, Mapping[str, Any]]:
+    """The live workers that take this model's hints."""
+    dedicated = {name: info for name, info in workers.items() if _limited_to(info, model)}
+    return dedicated or {name: info for name, info in workers.items() if not info.get("only")}
+
+
+def holders(model: str, workers: Workers) -> list[str]:
+    """The live workers in whose memory the model is."""
+    return [name for name, info in workers.items() if set(_named(model)) <= set(info.get("models", ()))]
+
+
+def rooms(demands: Sequence[Demand], workers: Workers) -> dict[str, int]:
+    """Chunks of each job that may be in flight: its share, by weight, of what the workers can hold."""
+    everything = sum(demand.weight for demand in demands)
+    found = {}
+    for demand in demands:
+        slots = sum(int(info.get("slots", 1)) for info in servers(demand.model, workers).values())
+        share = max(LEAST_IN_FLIGHT, PER_SLOT * slots) * demand.weight / everything
+        found[demand.job] = min(MOST_IN_FLIGHT, math.ceil(share + AHEAD_SECONDS * demand.chunks_per_second))
+    return found
+
+
+def speed_key(task: str, model: str) -> str:
+    """Under which the speed of a task and model is kept in the ledger."""
+    return f"{task} {model}"
+
+
+def chunk_rows_for(rows_per_second: float | None) -> int | None:
+    """Rows of a chunk that takes a lease of this speed CHUNK_SECONDS; None: not known yet."""
+    if not rows_per_second:
+        return None
+    return round(min(LARGEST_CHUNK, max(SMALLEST_CHUNK, rows_per_second * CHUNK_SECONDS)))
+
+
+def slots_per_worker(workers: Workers) -> float:
+    """The mean; 1 without workers."""
+    return sum(int(info.get("slots", 1)) for info in workers.values()) / len(workers) if workers else 1.0
+
+
+def _limited_to(info: Mapping[str, Any], model: str) -> bool:
+    """Whether the worker serves chosen models only, and this among them."""
+    return bool(info.get("only")) and set(_named(model)) <= set(info["only"])
+
+
+def _named(model: str) -> list[str]:
+    """The models of a job: a task may need two, with a plus between."""
+    return model.split("+")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from blip_engine.requests import TASKS, Task
+from blip_engine.requests import JOB_TASKS, Task
 
 from .contract import FORMATS, BadRow, Chunk, Row
 from .errors import UsageError
@@ -21,8 +21,8 @@ def dry_run(
     manifest: str, task: str, manifest_format: str | None, chunk_rows: int | None, columns: Mapping[str, str]
 ) -> dict[str, Any]:
     """Format, rows, chunks, the first rows and the bad ones. Raises UsageError and ManifestError."""
-    if task not in TASKS:
-        raise UsageError(f"unknown task {task!r}; the tasks are: {', '.join(TASKS)}")
+    if task not in JOB_TASKS:
+        raise UsageError(f"unknown task {task!r}; the tasks are: {', '.join(JOB_TASKS)}")
     if manifest_format is not None and manifest_format not in FORMATS:
         raise UsageError(f"unknown manifest format {manifest_format!r}; the formats are: {', '.join(FORMATS)}")
     settings = load_settings()

@@ -18,12 +18,15 @@ MAX_TEXTS: Final = 1_000
 MAX_CANDIDATES: Final = 10_000  # VQA's usual list of answers has 3,128
 MAX_URI: Final = 4_096
 
-#: task -> key of one text, key of several; captions need none
+#: task -> key of one text, key of several
 _TEXT_KEYS: Final[dict[Task, tuple[str, str | None]]] = {
     "caption": ("prompt", None),
     "vqa": ("question", "questions"),
     "itm": ("text", "texts"),
+    "embed": ("text", None),
+    "capfilt": ("text", "texts"),
 }
+_TEXT_OPTIONAL: Final[frozenset[Task]] = frozenset({"caption", "embed", "capfilt"})
 
 #: The keys of a row that mean something, and that `--column` can give another name.
 KEYS: Final = ("image", "id", "prompt", "question", "questions", "answers", "text", "texts")
@@ -206,13 +209,13 @@ def _candidates(raw: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _text(value: object, key: str, task: Task) -> str:
-    if value is None and task == "caption":
+    if value is None and task in _TEXT_OPTIONAL:
         return ""
     if value is None:
         raise _BadRowError("text_missing", f"the row has no `{key}`")
     if not isinstance(value, str):
         raise _BadRowError("row_invalid", f"`{key}` must be a string")
-    if not value.strip() and task != "caption":
+    if not value.strip() and task not in _TEXT_OPTIONAL:
         raise _BadRowError("text_missing", f"`{key}` is blank")
     if len(value) > MAX_TEXT:
         raise _BadRowError("text_too_long", f"`{key}` has more than {MAX_TEXT} characters")

@@ -1,6 +1,7 @@
 """Which format a manifest is, from its name and its first bytes."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,7 +61,8 @@ def detect(
         raise ManifestError(f"{uri} is {binary}, which cannot be read; {_WAY_OUT}")
     found = given or _text_format(uri, text, columns or {})
     if found in DELIMITERS:
-        read_header(uri, text.decode(errors="surrogateescape").splitlines(keepends=True), found, columns or {})
+        lines = io.StringIO(head.decode("utf-8-sig", errors="surrogateescape"), newline="")
+        read_header(uri, lines, found, columns or {})
     if columns and found not in NAMED_FORMATS:
         raise ManifestError(f"{uri} is read as {found}, which has no columns to rename; leave --column out")
     return found

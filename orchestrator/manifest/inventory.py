@@ -25,6 +25,7 @@ from .source import Source, StoredFile, compression_of, decompressed
 from .tables import local_copy, md5
 
 _LARGEST: Final = 256 * 2**20  # bytes of a manifest.json
+_SIDECAR: Final = "manifest.checksum"  # beside manifest.json, of which it holds the MD5
 _FIELDS: Final = ("bucket", "key", "islatest", "isdeletemarker")  # the last two only where versions are listed
 
 
@@ -50,11 +51,10 @@ def inventory_lines(source: Source, settings: Settings, skipped: Counter[str]) -
     """A row for every present image; `skipped` counts what is none. Raises ManifestError and StorageError."""
     inventory = read_inventory(source, settings)
     read = _csv if inventory.file_format == "CSV" else _columnar
-    policy = ImagePolicy.of(source.uri, False, settings)
     rows = 0
     for index, file in enumerate(inventory.files):
         where = f"{source.uri}: files[{index}]"
-        part = _part(where, file, inventory, policy, settings)
+        part = _part(source.uri, where, file, inventory, settings)
         for bucket, key, latest, deleted in read(where, part, file.md5, inventory):
             if _is_true(deleted) or (latest is not None and not _is_true(latest)):
                 skipped["old versions and delete markers"] += 1
@@ -80,10 +80,8 @@ def _parsed(source: Source) -> _Inventory:
     if source.size > _LARGEST:
         raise ManifestError(f"{source.uri} has more than {_LARGEST >> 20} MiB; is it an inventory's manifest.json?")
     text = source.store.get(source.key, 0, source.size, etag=source.etag)
-    folder = source.key.rpartition("/")[0]
-    sidecar = f"{folder}/manifest.checksum".lstrip("/")
-    if source.store.head(sidecar) is not None:
-        wanted = source.store.get(sidecar).decode(errors="replace").strip()
+    if source.key == "manifest.json" and source.store.head(_SIDECAR) is not None:
+        wanted = source.store.get(_SIDECAR).decode(errors="replace").strip()
         digest = md5()
         digest.update(text)
         _check_sum(source.uri, wanted, digest.hexdigest())
@@ -110,10 +108,13 @@ def _check_bucket(uri: str, policy: ImagePolicy, bucket: str) -> None:
         )
 
 
-def _part(where: str, file: _File, inventory: _Inventory, policy: ImagePolicy, settings: Settings) -> Source:
-    uri = f"s3://{inventory.destination_bucket.rpartition(':')[2]}/{file.key}"
+def _part(manifest: str, where: str, file: _File, inventory: _Inventory, settings: Settings) -> Source:
+    bucket = inventory.destination_bucket.rpartition(":")[2]
+    uri = f"s3://{bucket}/{file.key}"
     try:
-        store, key = open_object(policy.resolve(uri), settings)
+        if not manifest.startswith(f"s3://{bucket}/"):  # whoever may name the manifest may read what lies with it
+            ImagePolicy.of(manifest, False, settings).resolve(uri)
+        store, key = open_object(uri, settings)
         info = store.head(key)
     except FetchError as error:
         raise ManifestError(f"{where}: {error}") from None

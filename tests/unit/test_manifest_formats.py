@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from orchestrator.contract import BadRow, JobSpec, Row
+from orchestrator.contract import FORMATS, BadRow, JobSpec, Row
 from orchestrator.dry_run import dry_run
 from orchestrator.errors import ManifestError
 from orchestrator.manifest import detect
@@ -59,6 +59,7 @@ def planned(folder: Path, name: str, data: bytes, task: str = "caption", **more:
         ("m.csv", b"image\n", "csv"),
         ("m.csv.gz", b'\xef\xbb\xbf"id","image"\n', "csv"),
         ("m", b"id,image\n", "csv"),
+        ("m.csv", b'"a\nb","c\x0cd",image\n', "csv"),
         ("m.tsv", b"image\tid\n", "tsv"),
         ("m", b"id\timage\n", "tsv"),
         ("m.csv", b"my-bucket,photos/a%20b.jpg\n", "s3-batch"),
@@ -326,6 +327,32 @@ def test_mixed_formats_are_bad_rows(tmp_path: Path) -> None:
     good, *bad = planned(tmp_path, "m.jsonl", b'{"image": "a.jpg"}\ns3://b/c.jpg\nimage,id\n["a.jpg", {}]\n')
     assert isinstance(good, Row)
     assert [row.code for row in bad if isinstance(row, BadRow)] == ["row_invalid"] * 3
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.one_of(
+        st.binary(max_size=200),
+        st.text(st.sampled_from('ai,"\\r\n\t{}[]:; é\x0c\u2028'), max_size=60).map(str.encode),
+        st.sampled_from(
+            [b"image,id\n", b'{"image": ', b"image\tid\n", b"PAR1", b"\x1f\x8b\x08", b"bucket,a.jpg\n"]
+        ).flatmap(lambda head: st.binary(max_size=60).map(lambda tail: head + tail)),
+    ),
+    name=st.sampled_from(["m", "m.csv", "m.jsonl", "m.tsv", "m.txt.gz", "manifest.json"]),
+    fmt=st.sampled_from([None, *(fmt for fmt in FORMATS if fmt != "folder")]),
+)
+def test_any_bytes_are_rows_or_one_line(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str, fmt: str | None
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    told, rows = None, []
+    try:
+        rows = planned(folder, name, data, manifest_format=fmt)
+    except ManifestError as error:
+        told = str(error)
+    assert bool(rows) == (told is None)
+    assert told is None or (name in told and "\n" not in told)
+    assert [row.number for row in rows] == list(range(len(rows)))
 
 
 def test_the_dry_run_tells_format_rows_and_bad_ones(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.
 @app.command()
 def plan(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
     manifest: Annotated[str, typer.Argument(help="Manifest file, folder or s3:// URI.")],
-    task: Annotated[str, typer.Option(help="caption, vqa or itm: decides which rows are bad.")] = "caption",
+    task: Annotated[str, typer.Option(help="Decides which rows are bad.")] = "caption",
     manifest_format: Annotated[
         str | None, typer.Option("--format", help="Instead of detection; a wrong one lists them all.")
     ] = None,

@@ -99,10 +99,30 @@ def parquet_lines(source: Source) -> Iterator[bytes]:
                 check_names(f"{source.uri}: the schema", file.schema_arrow.names, source.columns)
                 _check_image_type(source.uri, file.schema_arrow.field(source.columns.get("image", "image")))
                 for batch in file.iter_batches(batch_size=_BATCH):
-                    yield from map(_row_line, batch.to_pylist())
-        except (pyarrow.ArrowException, OSError) as error:
+                    yield from map(_row_line, _python_rows(batch))
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             message = " ".join(str(error).split())[:300]
-            raise ManifestError(f"{source.uri}: the Parquet data is damaged: {message}") from None
+            raise ManifestError(f"{source.uri}: the Parquet data cannot be read: {message}") from None
+
+
+def _python_rows(batch: Any) -> list[dict[str, Any]]:
+    """A batch as Python values; times to the microsecond, Python's limit, and in UTC where they have a zone."""
+    import pyarrow  # noqa: PLC0415
+    from pyarrow import types  # noqa: PLC0415
+
+    schema, zoned = batch.schema, []
+    for index, field in enumerate(schema):
+        if types.is_timestamp(field.type):
+            zoned += [field.name] if field.type.tz else []
+            schema = schema.set(index, field.with_type(pyarrow.timestamp("us")))  # needs no database of time zones
+        elif types.is_time64(field.type):
+            schema = schema.set(index, field.with_type(pyarrow.time64("us")))
+        elif types.is_duration(field.type):
+            schema = schema.set(index, field.with_type(pyarrow.duration("us")))
+    rows: list[dict[str, Any]] = (batch if schema == batch.schema else batch.cast(schema, safe=False)).to_pylist()
+    for row in rows if zoned else ():
+        row.update({name: row[name].isoformat() + "Z" for name in zoned if row[name] is not None})
+    return rows
 
 
 def _check_image_type(uri: str, field: Any) -> None:

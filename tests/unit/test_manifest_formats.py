@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,11 @@ def test_parquet_of_many_types(tmp_path: Path) -> None:
         {
             "image": pyarrow.array([b"a.jpg", b"b.jpg"], pyarrow.binary()),
             "score": [float("nan"), 0.5],
-            "when": pyarrow.array([0, None], pyarrow.timestamp("ms")),
+            "when": pyarrow.array([1, None], pyarrow.timestamp("ns")),  # as pandas writes them
+            "zoned": pyarrow.array([0, None], pyarrow.timestamp("ns", "Europe/Paris")),
+            "day": pyarrow.array([0, None], pyarrow.date32()),
+            "price": [Decimal("1.50"), None],
+            "lasts": pyarrow.array([1_500_000_001, None], pyarrow.duration("ns")),
             "raw": [b"\xff\x00", b"text"],
             "texts": [["x", "y"], ["z"]],
         }
@@ -250,7 +255,8 @@ def test_parquet_of_many_types(tmp_path: Path) -> None:
     first, second = rows_of(plan_of(tmp_path / "m.parquet", tmp_path / "out", "itm"), "itm")
     assert first.image == "a.jpg"
     assert first.passthrough == {
-        "score": None, "when": "1970-01-01T00:00:00", "raw": "/wA=", "texts": ["x", "y"],
+        "score": None, "when": "1970-01-01T00:00:00", "zoned": "1970-01-01T00:00:00Z", "day": "1970-01-01",
+        "price": "1.50", "lasts": 1.5, "raw": "/wA=", "texts": ["x", "y"],
     }  # fmt: skip
     assert isinstance(second, Row)
     assert (second.texts, second.passthrough["raw"]) == (("z",), "text")
@@ -271,7 +277,7 @@ def test_parquet_that_is_no_manifest(tmp_path: Path, table: dict[str, Any], says
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="Parquet data is damaged"):
+    with pytest.raises(ManifestError, match="Parquet data cannot be read"):
         planned(tmp_path, "m.parquet", b"PAR1" + b"\x15" * 500 + b"PAR1")
     with pytest.raises(ManifestError, match="does not end with PAR1"):
         planned(tmp_path, "m.parquet", b"PAR1" + b"\x15" * 500)

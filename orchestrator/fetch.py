@@ -21,13 +21,22 @@ class ImagePolicy:
 
     folder: str | None  # files must be below it (real path); None: the manifest is not on this machine
     allowed: tuple[str, ...]  # buckets and prefixes ("bucket/prefix"); "*" for any
+    folders: tuple[str, ...] = ()  # real paths that absolute names may be below too
 
     @classmethod
     def of(cls, manifest: str, is_folder: bool, settings: Settings) -> "ImagePolicy":
         """`manifest`: its URI or absolute path; a folder of images is its own manifest."""
         if is_s3(manifest):
             return cls(None, settings.allowed_buckets or (split_s3(manifest)[0],))
-        return cls(os.path.realpath(manifest if is_folder else Path(manifest).parent), settings.allowed_buckets)
+        folder = os.path.realpath(manifest if is_folder else Path(manifest).parent)
+        folders = tuple(os.path.realpath(other) for other in settings.allowed_folders)
+        return cls(folder, settings.allowed_buckets, folders)
+
+    def absolute(self, image: str) -> str:
+        """An image as a manifest at any other place names it: s3:// URIs as they are, files by their whole path."""
+        if self.folder is None or is_s3(image) or _SCHEME.match(image):
+            return image
+        return os.path.join(self.folder, image)  # noqa: PTH118 -- keeps odd names as they are
 
     def resolve(self, image: str) -> str:
         """The location to give to `fetch`. Touches no network.
@@ -45,8 +54,9 @@ class ImagePolicy:
             path = os.path.realpath(os.path.join(self.folder, image))  # noqa: PTH118 -- keeps odd names as they are
         except (OSError, ValueError):
             raise FetchError("unsupported_uri", f"{_short(image)} is not a file name") from None
-        if not path.startswith(self.folder.rstrip("/") + "/"):
-            raise FetchError("uri_not_allowed", f"{_short(image)} is not below the manifest's folder {self.folder}")
+        if not any(path.startswith(folder.rstrip("/") + "/") for folder in (self.folder, *self.folders)):
+            why = f"is not below the manifest's folder {self.folder}; BLIP_ALLOWED_FOLDERS can name others"
+            raise FetchError("uri_not_allowed", f"{_short(image)} {why}")
         return path
 
     def _resolve_s3(self, image: str) -> str:

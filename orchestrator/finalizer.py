@@ -42,11 +42,11 @@ def finalize(spec: JobSpec, plan: Plan, state: JobState) -> dict[str, Any] | Non
     rounds = load_rounds(plan)
     if not is_complete(plan, rounds):
         return None
-    totals = Totals()
+    totals, images = Totals(), plan.image_policy()
     with tempfile.NamedTemporaryFile(prefix="blip-errors-") as errors:
         for chunk in merged_chunks(plan):
             totals.add(chunk)
-            errors.writelines(to_line(as_manifest_row(failure)) for failure in chunk.failures)
+            errors.writelines(to_line(as_manifest_row(failure, images)) for failure in chunk.failures)
         errors.flush()
         if totals.failed or (rounds and plan.store.head(ERRORS_KEY) is not None):  # of the round before: now empty
             plan.store.put_file(ERRORS_KEY, Path(errors.name))

@@ -10,6 +10,7 @@ from typing import Any, Final
 from .contract import ERROR_CODES, Chunk, Hint, ResultFormat
 from .encoding import SUFFIXES, decode, encode
 from .errors import JobError
+from .fetch import ImagePolicy
 from .storage import Store
 
 PREFIX: Final = "results/part-"  # of round 0, which holds every row
@@ -149,11 +150,14 @@ def _problem(record: dict[str, Any], expected: int) -> str | None:
     return None
 
 
-def as_manifest_row(failure: dict[str, Any]) -> dict[str, Any]:
-    """An error record as a row of errors.jsonl: what the manifest said, and `error` beside it."""
+def as_manifest_row(failure: dict[str, Any], images: ImagePolicy) -> dict[str, Any]:
+    """An error record as a row of errors.jsonl: what the manifest said, and `error` beside it.
+
+    The image is named so that a manifest at any place may name it.
+    """
     row = dict(failure["input"])
     if failure["image"] is not None:
-        row["image"] = failure["image"]
+        row["image"] = images.absolute(failure["image"])
     if failure["id"] is not None:
         row["id"] = failure["id"]
     return {**row, "error": failure["error"]}

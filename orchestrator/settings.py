@@ -29,6 +29,8 @@ class Settings(BaseSettings):
     # Buckets ("photos") or prefixes ("photos/2024/") that rows may name as s3:// images, comma-separated; "*" is any.
     # Empty: the manifest's own bucket, and no bucket for a manifest on local disk.
     allowed_buckets: Annotated[tuple[str, ...], NoDecode] = ()
+    # Folders, comma-separated, that rows of a manifest on disk may name files in, besides the manifest's own.
+    allowed_folders: Annotated[tuple[str, ...], NoDecode] = ()
     fetch_timeout_seconds: float = Field(default=30, gt=0)  # for one image, retries included
     max_image_bytes: int = Field(default=64 * 2**20, ge=1)  # an image of more bytes is not read
     max_image_pixels: int = Field(default=178_956_970, ge=1)  # an image of more pixels is not decoded
@@ -58,6 +60,11 @@ class Settings(BaseSettings):
     @classmethod
     def _names(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("allowed_folders", mode="before")
+    @classmethod
+    def _split_folders(cls, value: Any) -> Any:
+        return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
     @field_validator("allowed_buckets", mode="before")
     @classmethod

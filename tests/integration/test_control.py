@@ -49,7 +49,7 @@ def test_failed_rows_are_a_manifest_again(settings: Settings, controller: Contro
     advance(controller, job, ended, MiniWorker(settings))
     failures = [json.loads(line) for line in (tmp_path / "out/errors.jsonl").read_text().splitlines()]
     assert failures[0] == {
-        "image": "bad-1.png", "id": 7, "prompt": "a photo of", "source": {"x": 1},
+        "image": str(tmp_path / "bad-1.png"), "id": 7, "prompt": "a photo of", "source": {"x": 1},
         "error": {"code": "image_not_found", "message": "bad-1.png does not exist"},
     }  # fmt: skip
     assert failures[1]["error"]["code"] == "row_invalid"
@@ -57,7 +57,7 @@ def test_failed_rows_are_a_manifest_again(settings: Settings, controller: Contro
     again = submit(controller.ledger, caption_spec(tmp_path / "out/errors.jsonl", tmp_path / "again"), settings)
     advance(controller, again, ended, MiniWorker(settings))
     first = json.loads((tmp_path / "again/results/part-00000000.jsonl").read_text().splitlines()[0])
-    assert (first["image"], first["id"], first["input"]["prompt"]) == ("bad-1.png", 7, "a photo of")
+    assert (first["image"], first["id"], first["input"]["prompt"]) == (str(tmp_path / "bad-1.png"), 7, "a photo of")
 
 
 def test_a_job_on_s3(s3_server: S3Server, settings: Settings, controller: Controller) -> None:

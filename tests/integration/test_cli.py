@@ -18,7 +18,7 @@ from orchestrator.plan import make_plan
 from orchestrator.settings import load_settings
 from orchestrator.storage import open_store
 
-HEAVY = {"torch", "numpy", "PIL", "boto3", "celery", "redis", "pydantic", "transformers"}
+HEAVY = {"torch", "numpy", "PIL", "boto3", "celery", "redis", "pydantic", "pyarrow", "transformers"}
 
 
 def blip_batch(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":

@@ -3,6 +3,10 @@
 import ctypes
 import sys
 
+#: of glibc's mallopt: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD. One arena, because those of further threads
+#: consist of heaps of 64 MB that are unmapped as soon as they are empty, and the engine runs in such a thread.
+_SETTINGS = (-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)
+
 
 def keep_memory() -> None:
     """Have glibc keep freed memory: otherwise every large activation is mapped and page-faulted anew at each op.
@@ -14,5 +18,5 @@ def keep_memory() -> None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        for parameter, value in _SETTINGS:
             libc.mallopt(parameter, value)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from .requests import (
     Answer,
     AnswerOptions,
     Caption,
+    Embedding,
+    EmbedOptions,
     GenerationOptions,
     Match,
     MatchOptions,
@@ -82,7 +84,7 @@ class Runner(ABC, Generic[ModelT]):
         return Prepared(request, tokens, self._tokenise_candidates(request.candidates))
 
     def _tokenise(self, texts: Sequence[str], options: Options) -> list[list[int]]:
-        if isinstance(options, AnswerOptions | MatchOptions) and options.clean_text:
+        if isinstance(options, AnswerOptions | EmbedOptions) and options.clean_text:
             texts = [self._clean(text) for text in texts]
         return self._encode(texts, self._text_config.max_position_embeddings)
 
@@ -289,13 +291,34 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
         return torch.cat([self.resident.model.project_image(block) for block in blocks]).float()[: len(pixels)].cpu()
 
     @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str], options: MatchOptions) -> Tensor:
+    def embed_texts(self, texts: Sequence[str], options: EmbedOptions) -> Tensor:
         """Unit vectors (N, projection) float32. Raises InputError for a text that is too long."""
-        rows = self._tokenise(texts, options)
+        return self._embed_rows(self._tokenise(texts, options))
+
+    def _embed_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
         vectors = torch.empty(len(rows), self.resident.model.config.image_text_hidden_size)
         for batch in self.resident.text_batches(rows, range(len(rows)), left=False):  # each on its own
             vectors[batch.texts] = self._project_texts(batch)[batch.rows].cpu()
         return vectors
+
+
+class EmbedRunner(MatchRunner):
+    """Vectors of images, and of the texts that are asked with them (blank for none)."""
+
+    @torch.inference_mode()
+    def run(self, batch: Sequence[Prepared]) -> list[list[Result]]:
+        images = self.embed_images([entry.request.pixels for entry in batch]).tolist()
+        asked = [(text, row) for entry in batch for text, row in zip(entry.request.texts, entry.tokens, strict=True)]
+        texts = iter(self._embed_rows([row for text, row in asked if text.strip()]).tolist())
+        return [
+            [Embedding(image, _nine_digits(next(texts)) if text.strip() else None) for text in entry.request.texts]
+            for entry, image in zip(batch, map(_nine_digits, images), strict=True)
+        ]
+
+
+def _nine_digits(vector: list[float]) -> tuple[float, ...]:
+    """32-bit floats without the digits that double precision would add."""
+    return tuple(float(f"{value:.8e}") for value in vector)
 
 
 def runner_for(task: Task, resident: ResidentModel[ModelT]) -> "CaptionRunner | AnswerRunner | MatchRunner":
@@ -316,10 +339,13 @@ def _hypotheses(generated: Generated) -> list[list[tuple[tuple[int, ...], float]
 def _uniforms(options: GenerationOptions, stage: _Stage) -> Tensor:
     """The draws of every text: of its seed, image and words alone, so that batch-mates change nothing."""
     asked = [(entry.request, text) for entry in stage.batch for text in entry.request.texts]
+    images: dict[int, Any] = {}  # digests by the request's identity: an image is read once for all its texts
     uniforms = torch.zeros(len(stage.texts.ids), options.num_return_sequences, options.max_new_tokens)
     for row, index in zip(stage.texts.rows, stage.texts.texts, strict=True):
         request, text = asked[index]
-        digest = hashlib.blake2b(request.pixels.tobytes(), digest_size=8)
+        if id(request) not in images:
+            images[id(request)] = hashlib.blake2b(request.pixels.tobytes(), digest_size=8)
+        digest = images[id(request)].copy()
         digest.update(text.encode())
         digest.update(options.seed.to_bytes(8, "little"))
         generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little") >> 1)

@@ -13,7 +13,6 @@ from blip_engine import BlipForQuestionAnswering, Engine, packing
 from blip_engine.errors import OptionError
 from blip_engine.packing import Int8Linear, PackedLinear, can_pack, pack_linears
 from blip_engine.precision import choose_dtype
-from blip_engine.shapes.scenes import held_out_drawings
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
@@ -114,17 +113,3 @@ def test_other_places_and_types_are_left_alone() -> None:
     assert not can_pack(torch.device("cuda"), BF16, PackedLinear)
     with pytest.raises(OptionError, match="for CPUs"):
         choose_dtype("int8", torch.device("cuda"))
-
-
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_the_demo_captions_stay_right(precision: str) -> None:
-    """At most half a point of accuracy is lost against float32."""
-    drawings = list(held_out_drawings(400, seed=21))
-    right = {}
-    for kind in ("fp32", precision):
-        with Engine.load({"caption": "demo"}, "cpu", kind) as engine:
-            found = engine.caption([drawing.image() for drawing in drawings], num_beams=1)
-        right[kind] = sum(
-            caption.text == drawing.scene.caption for caption, drawing in zip(found, drawings, strict=True)
-        )
-    assert right[precision] >= right["fp32"] - 2, right

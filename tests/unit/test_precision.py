@@ -1,4 +1,4 @@
-"""What half precision costs, on held-out drawings and through the engine: hardly a row, and little of a score."""
+"""What half precision and int8 cost, on held-out drawings through the engine: hardly a row, and little of a score."""
 
 from collections.abc import Iterator
 from random import Random
@@ -57,7 +57,7 @@ def run(task: Task, precision: str, device: torch.device) -> tuple[float, list[A
 def test_half_precision(task: Task, device: torch.device) -> None:
     exact, words, scores = run(task, "fp32", device)
     assert exact >= 0.97
-    for precision in ("bf16", "fp16") if device.type == "cuda" else ("bf16",):
+    for precision in ("bf16", "fp16") if device.type == "cuda" else ("bf16", "int8"):
         near, said, others = run(task, precision, device)
         assert near >= exact - DROP
         same = [n for n in range(COUNT) if said[n] == words[n]]

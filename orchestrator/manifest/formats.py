@@ -12,7 +12,7 @@ from ..contract import ManifestFormat
 from ..errors import ManifestError
 from ..rows import BOM
 
-IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 #: Formats whose rows are lines: planned as they are, unless compressed. The others are staged as JSON Lines.
 LINE_FORMATS: Final[frozenset[ManifestFormat]] = frozenset({"jsonl", "ground-truth", "list", "s3-batch"})

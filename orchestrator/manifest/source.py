@@ -122,6 +122,8 @@ def opened(source: Source) -> Iterator[BinaryIO]:
 
 def compression_of(head: bytes) -> Compression | None:
     """The compression that an object's first bytes tell."""
+    if head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] <= 0x5F:  # a skippable frame, as parallel writers put first
+        return "zstd"
     return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus
 
+import hypothesis
 import pyarrow
 import pytest
 from conftest import make_bucket
 from harness import advance, ended, rows_of
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 from mini_worker import MiniWorker
 from pyarrow import orc, parquet
 from servers import MotoServer
@@ -205,6 +208,25 @@ def test_an_inventory_is_read(photos: Settings, monkeypatch: pytest.MonkeyPatch,
     assert dry_run(MANIFEST, "caption", None, None, {})["skipped"] == {
         "old versions and delete markers": 2, "keys that are no images": 2,
     }  # fmt: skip
+
+
+object_keys = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12).map(lambda key: f"x{key}.png")
+
+
+@pytest.mark.parametrize("file_format", ["CSV", "Parquet", "ORC"])
+@hypothesis.settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(keys=st.lists(object_keys, min_size=1, max_size=8))
+def test_inventories_round_trip(photos: Settings, file_format: str, keys: list[str]) -> None:
+    manifest = put_inventory(file_format)
+    data = WRITERS[file_format]([(key, "v", True, False) for key in keys])
+    file = {**manifest["files"][0], "MD5checksum": hashlib.md5(data).hexdigest()}
+    store, folder = open_store("s3://blip"), open_store(MANIFEST.rpartition("/")[0])
+    store.put(file["key"], data)
+    text = json.dumps({**manifest, "files": [file]}).encode()
+    folder.put("manifest.json", text)
+    folder.put("manifest.checksum", hashlib.md5(text).hexdigest().encode())
+    plan = plan_of(MANIFEST, f"s3://blip/out-{hashlib.md5(data).hexdigest()}", photos)
+    assert images_of(plan) == [f"s3://photos/{key}" for key in keys]
 
 
 @pytest.mark.parametrize("file_format", ["CSV", "Parquet", "ORC"])

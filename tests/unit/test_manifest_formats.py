@@ -8,6 +8,7 @@ import json
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import pyarrow
 import pytest
@@ -313,6 +314,29 @@ def test_s3_batch_rows(tmp_path: Path, line: str, image: str | None) -> None:
     (row,) = planned(tmp_path, "m.csv", line.encode(), manifest_format="s3-batch")
     assert row.image == image
     assert isinstance(row, BadRow) == (image is None)
+
+
+keys = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(str.strip)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    given_keys=st.lists(keys, min_size=1, max_size=9), encode=st.sampled_from([quote, quote_plus]),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), newline=st.sampled_from(["\n", "\r\n"]),
+)  # fmt: skip
+def test_s3_batch_round_trips(
+    tmp_path_factory: pytest.TempPathFactory, given_keys: list[str], encode: Any, quoting: int, newline: str
+) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, quoting=quoting, lineterminator=newline)  # type: ignore[arg-type]
+    writer.writerows(["my-bucket", encode(key)] for key in given_keys)
+    rows = planned(tmp_path_factory.mktemp("batch"), "m.csv", text.getvalue().encode(), manifest_format="s3-batch")
+    assert [row.image for row in rows] == [f"s3://my-bucket/{key}" for key in given_keys]
+
+
+def test_zstandard_of_parallel_writers(tmp_path: Path) -> None:
+    data = b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + zstd(b"a.jpg\n") + b"\x5f\x2a\x4d\x18\x01\0\0\0z" + zstd(b"b.jpg\n")
+    assert [row.image for row in planned(tmp_path, "m.txt.zst", data)] == ["a.jpg", "b.jpg"]
 
 
 def test_renamed_columns_of_lines(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ They work on the coordination Redis of BLIP_REDIS_URL, and on the outputs where 
 wait inside.
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -121,24 +122,35 @@ def _duration(seconds: float) -> str:
 def watch(
     job: Job,
     interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two looks.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a look, each on a line.")] = False,
 ) -> None:
     """A live table of a job, until it has ended; then the exit code tells how. Ctrl-C leaves the job at work."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.live import Live  # noqa: PLC0415
-
     from .lifecycle import read_status  # noqa: PLC0415
 
-    with _ledger() as (ledger, settings), Live(console=Console(), auto_refresh=False) as live:
+    with _ledger() as (ledger, settings), _shown(as_json) as show:
         try:
             while True:
                 view = read_status(ledger, settings, job)
-                live.update(_table(view, ledger.live_workers()), refresh=True)
+                show(view, ledger.live_workers())
                 if view["status"] in _ENDED:
                     break
                 time.sleep(interval)
         except KeyboardInterrupt:
             raise typer.Exit(EXIT_INTERRUPTED) from None
     raise typer.Exit(exit_code(view["status"], view["request_counts"]["failed"]))
+
+
+@contextmanager
+def _shown(as_json: bool) -> Iterator[Callable[[dict[str, Any], dict[str, dict[str, Any]]], None]]:
+    """What shows a job and the live workers: a table that is drawn over, or lines of JSON."""
+    if as_json:
+        yield lambda view, workers: print_line(json.dumps({**view, "live_workers": workers}))
+        return
+    from rich.console import Console  # noqa: PLC0415
+    from rich.live import Live  # noqa: PLC0415
+
+    with Live(console=Console(), auto_refresh=False) as live:
+        yield lambda view, workers: live.update(_table(view, workers), refresh=True)
 
 
 def _table(view: dict[str, Any], workers: dict[str, dict[str, Any]]) -> "Table":

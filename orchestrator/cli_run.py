@@ -51,6 +51,9 @@ def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
     chunk_rows: Annotated[int | None, typer.Option(min=1, max=10_000, help="Rows in each part.")] = None,
     results: Annotated[str, typer.Option(help="jsonl, jsonl.gz or parquet: what the parts are written as.")] = "jsonl",
     max_error_ratio: Annotated[float, typer.Option(min=0, max=1, help="Stop above it, after 1,000 rows.")] = 0.5,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Do the rows that failed before again, and only them.")
+    ] = False,
     device: Device = None,
     precision: Precision = None,
     redis: Redis = None,
@@ -62,9 +65,22 @@ def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
         manifest, task, output, model=model, manifest_format=manifest_format, columns=given_columns(column),
         options=_options(option or []), chunk_rows=chunk_rows, results=results, max_error_ratio=max_error_ratio,
     )  # fmt: skip
+    if retry:
+        _retry(spec)
     (summary,) = _run_jobs([spec], workers, redis, device=device, precision=precision)
     _print_summary(spec, summary)
     raise typer.Exit(_exit_code([summary]))
+
+
+def _retry(spec: "JobSpec") -> None:
+    from .jobs import check_owner  # noqa: PLC0415
+    from .lifecycle import next_round  # noqa: PLC0415
+    from .settings import load_settings  # noqa: PLC0415
+    from .storage import open_store  # noqa: PLC0415
+
+    settings = load_settings()
+    if check_owner(spec, open_store(spec.output, settings)) is not None and (begun := next_round(spec, settings)):
+        typer.echo(f"Round {begun.round}: {begun.rows} rows without a result", err=True)
 
 
 def demo(

@@ -323,7 +323,7 @@ def _guard_errors(spec: JobSpec, state: JobState) -> None:
         raise JobError(
             "too_many_errors",
             f"{state.failed} of the first {done} rows failed, more than max_error_ratio={spec.max_error_ratio:g}; look "
-            f"at {spec.output}/results, or raise the ratio and run again",
+            f"at {spec.output}/results, then retry, or raise the ratio and run again",
         )
 
 

@@ -101,11 +101,11 @@ def _local(text: str, what: str) -> str:
 def _models(task: Task, model: str) -> str:
     """The model of a job, or its two. Raises OptionError for another number of them."""
     named = checkpoints_of(task, model)
-    return model if model == DEMO_MODEL else "+".join(_model(name) for _, name in named)
+    return model if model == DEMO_MODEL else "+".join(model_name(name) for _, name in named)
 
 
-def _model(model: str) -> str:
-    """A local directory as an absolute path; a name that can only be a hub repository as it is."""
+def model_name(model: str) -> str:
+    """A local directory as an absolute path, `demo` or a hub repository's name as it is. Raises UsageError."""
     folder = os.path.abspath(os.path.expanduser(model))  # noqa: PTH100, PTH111
     if os.path.isdir(folder) and model != "demo":  # noqa: PTH112
         return folder

@@ -76,18 +76,24 @@ def retry(ledger: Ledger, settings: Settings, job: str) -> Retry:
     spec, state = _known(ledger, job)
     if not state.ended:
         raise UsageError(f"job {job} is {state.status}: wait for its end, or cancel it first")
+    begun = next_round(spec, settings)
+    if begun is None:
+        raise UsageError(f"job {job}: every row has a result, there is nothing to retry")
+    _change(ledger, job, "validating", "it is at work again")
+    return begun
+
+
+def next_round(spec: JobSpec, settings: Settings) -> Retry | None:
+    """Begins a round of the rows without a result in the job's output, or finds one begun and not yet done.
+
+    None: every row has a result. The job must have ended. Raises UsageError and StorageError.
+    """
     plan = load_plan(open_store(spec.output, settings), settings)
     if plan is None:
-        raise UsageError(f"job {job} has no plan yet: nothing of it was done, so resume it, or submit it again")
+        raise UsageError(f"job {spec.id} has no plan yet: nothing of it was done, so resume it, or submit it again")
     rounds = load_rounds(plan)
-    if not rounds or is_complete(plan, rounds):
-        begun = begin_round(plan, rounds)
-        if begun is None:
-            raise UsageError(f"job {job}: every row has a result, there is nothing to retry")
-    else:
-        begun = rounds[-1]
-    _change(ledger, job, "validating", "it is at work again")
-    return Retry(begun.number, sum(begun.rows))
+    begun = rounds[-1] if rounds and not is_complete(plan, rounds) else begin_round(plan, rounds)
+    return None if begun is None else Retry(begun.number, sum(begun.rows))
 
 
 def errors(ledger: Ledger, settings: Settings, job: str) -> Iterator[dict[str, Any]]:

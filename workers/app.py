@@ -58,7 +58,7 @@ def run_worker(settings: Settings) -> int:
         app = make_app(settings, worker)
         worker_shutting_down.connect(lambda **_: worker.drain(), weak=False)
         threading.Thread(target=_end_when_faulty, args=(worker,), name="faults", daemon=True).start()
-        _consume(app, settings, name)
+        _consume(app, settings, name, [queue_of(model) for model in worker.models] or [QUEUE])
     finally:
         worker.close()
     if worker.faulty.is_set():
@@ -67,8 +67,7 @@ def run_worker(settings: Settings) -> int:
     return 0
 
 
-def _consume(app: Celery, settings: Settings, name: str) -> None:
-    queues = [queue_of(model) for model in settings.models] or [QUEUE]
+def _consume(app: Celery, settings: Settings, name: str, queues: list[str]) -> None:
     # Threads: they answer pings while busy, and leave CUDA to one child. The rest is chatter we have no use for.
     celery_worker = app.Worker(
         pool="threads", concurrency=settings.worker_threads, without_gossip=True, without_mingle=True,

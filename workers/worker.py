@@ -16,6 +16,7 @@ from typing import Any, Final
 from blip_engine.errors import BlipError
 from orchestrator.contract import BadRow, Hint, Row
 from orchestrator.errors import BlipBatchError, RedisUnavailable, StoreUnavailable, UsageError
+from orchestrator.jobs import model_name
 from orchestrator.ledger import Lease, Ledger
 from orchestrator.parts import describe, part_key, put_part
 from orchestrator.settings import Settings
@@ -73,10 +74,9 @@ class Worker:
         self._lanes: LifoQueue[Lane] = LifoQueue()
         for number in range(settings.worker_threads):
             self._lanes.put(Lane(range(number, settings.slots, settings.worker_threads), self.loaders, self.engine))
-        #: What others are told of this worker; `models` grows as checkpoints are loaded.
-        self._presence: dict[str, Any] = {
-            "slots": settings.worker_threads, "models": [], "only": list(settings.models),
-        }  # fmt: skip
+        self.models = [model_name(model) for model in settings.models]  # the only ones it serves; none: any
+        #: What others are told of this worker; its `models` grow as checkpoints are loaded.
+        self._presence: dict[str, Any] = {"slots": settings.worker_threads, "models": [], "only": self.models}
         self._keeper = LeaseKeeper(self.ledger, settings, name, self._presence)
         self._jobs: dict[tuple[str, str], OpenJob] = {}
         self._drain_until: float | None = None

@@ -82,6 +82,8 @@ def test_what_is_not_known_or_cannot_be_reached_is_one_line(redis_server: RedisS
 
 
 def test_watch_shows_the_job_and_ends_with_it(job: str) -> None:
+    (look,) = blip_batch("watch", job, "--json").stdout.splitlines()
+    assert json.loads(look)["live_workers"]["mini"]["slots"] == 1
     done = blip_batch("watch", job, "--interval", "0.1")
     assert done.returncode == 3  # finished with row errors
     for text in (job, "completed", "95 of 95", "image_not_found", "worker", "mini"):

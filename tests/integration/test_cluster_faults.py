@@ -263,7 +263,7 @@ def test_redis_killed_and_empty_again_in_mid_job(cluster: Cluster, redis_server:
 def test_a_cancelled_job_is_let_go(cluster: Cluster, tmp_path: Path) -> None:
     engine_log = tmp_path / "engine.log"
     cluster.start_orchestrator()
-    cluster.start_worker(DRY_ENGINE_LOG=str(engine_log))
+    cluster.start_worker(DRY_ENGINE_LOG=str(engine_log), BLIP_SLOTS="128")  # so many are in the engine at once
     manifest = simple_job(tmp_path / "in", 400, prompt="order:slow")
     job = cluster.submit(manifest, tmp_path / "out", chunk_rows=200).id
     cluster.until(job, lambda _: cluster.ledger.in_flight(job)[0] >= 5)

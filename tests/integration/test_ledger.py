@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from servers import RedisServer
 
 from orchestrator.contract import Hint, JobSpec
 from orchestrator.errors import RedisUnavailable, UsageError
-from orchestrator.ledger import Lease, Ledger
+from orchestrator.ledger import Lease, Ledger, StaleEpochError
 from orchestrator.settings import load_settings
 
 PLAN = "p" * 32
@@ -144,6 +145,63 @@ def test_overdue_hints_and_leases_are_told_apart(ledger: Ledger) -> None:
     assert ledger.requeue("job-1", epoch, [0, 1, 7]) == [0, 1]
     assert ledger.requeue("job-1", epoch, [0, 1]) == []  # another loop did it just now
     assert ledger.due("job-1") == []
+
+
+def test_a_later_round_is_about_its_chunks_only(ledger: Ledger) -> None:
+    epoch = begin(ledger)
+    early = lease_of(ledger)
+    ledger.reset("job-1", epoch, PLAN, 10, 100, 1)
+    for _ in range(2):  # again by a control loop that was killed
+        ledger.open("job-1", epoch, PLAN, 1, [(3, 4), (7, 10)])
+    state = ledger.state("job-1")
+    assert state is not None
+    assert (state.round, state.chunks_done, state.completed, state.failed) == (1, 8, 86, 0)
+    assert ledger.acquire(HINT, "w2") == "gone"  # hints, leases and parts of the first round count no more
+    assert not ledger.commit(early, 10, 0)
+    assert not ledger.renew(early, 1)
+    assert ledger.feed("job-1", epoch, 64) == [3, 7]
+    lease = lease_of(ledger, hint=replace(HINT, round=1, todo=4))
+    assert ledger.acquire(replace(HINT, chunk=2, round=1, todo=1), "w2") == "done"
+    assert ledger.commit(lease, 3, 1, "crashed=1")
+    ledger.mark("job-1", epoch, PLAN, [(3, 3, 1, "crashed=1"), (7, 8, 2, "internal=2")], 1)
+    state = ledger.state("job-1")
+    assert state is not None
+    assert (state.chunks_done, state.completed, state.failed) == (10, 97, 3)
+    assert ledger.error_codes("job-1") == {"internal": 2, "crashed": 1}
+    with pytest.raises(StaleEpochError):
+        ledger.mark("job-1", epoch, PLAN, [(1, 10, 0, "")])  # of another round
+
+
+def test_what_is_resumed_is_handed_out_at_once(ledger: Ledger) -> None:
+    epoch = begin(ledger)
+    assert ledger.feed("job-1", epoch, 4) == [0, 1, 2, 3]
+    held = lease_of(ledger)  # of chunk 3
+    assert ledger.set_status("job-1", "paused")
+    assert ledger.set_status("job-1", "in_progress")
+    assert ledger.feed("job-1", epoch, 4) == [0, 1, 2]  # but for what a worker still holds
+    assert ledger.renew(held, 1)
+    assert ledger.feed("job-1", epoch, 6) == [4, 5]
+
+
+def test_speed_is_a_moving_average(ledger: Ledger) -> None:
+    epoch = begin(ledger)
+    measure = ("job-1", epoch, 30, 1, "caption demo")
+    ledger.measure(*measure)
+    assert ledger.state("job-1").rows_per_second is None  # type: ignore[union-attr]
+    lease = lease_of(ledger)
+    for number in range(3):
+        ledger.commit(replace(HINT, chunk=number), 10, 0)
+        time.sleep(0.37)
+        ledger.renew(lease, number)
+        ledger.measure(*measure)  # more often than once a second changes nothing
+    state = ledger.state("job-1")
+    assert state is not None
+    assert state.rows_per_second == pytest.approx(32 / 1.11, rel=0.2)
+    assert state.worker_seconds == pytest.approx(1.1, rel=0.2)
+    assert ledger.speed("caption demo") == pytest.approx(state.rows_per_second, rel=0.01)
+    assert ledger.speed("vqa demo") is None
+    with pytest.raises(StaleEpochError):
+        ledger.measure("job-1", "1", 30, 1, "x")
 
 
 @pytest.mark.parametrize("status", ["paused", "cancelling", "failed"])

@@ -329,3 +329,15 @@ def test_chunks_of_automatic_size_follow_the_speed_seen(
         found[name] = plan_of(tmp_path / name).chunk_rows
         lifecycle.cancel(controller.ledger, spec.id)
     assert found == {"unknown": 312, "slow": 150, "quick": 312}  # never so large that few workers would have any
+
+
+def test_retry_of_a_job_whose_rows_all_failed(settings: Settings, controller: Controller, tmp_path: Path) -> None:
+    spec, worker = caption_spec(write_manifest(tmp_path, 25, lambda _: True), tmp_path / "out"), MiniWorker(settings)
+    state = advance(controller, submit(controller.ledger, spec, settings), ended, worker)
+    assert state.error is not None
+    assert state.error["code"] == "all_rows_failed"
+    mend(tmp_path, *range(20))
+    assert lifecycle.retry(controller.ledger, settings, spec.id).rows == 25
+    state = advance(controller, spec.id, ended, worker)
+    assert (state.status, state.completed, state.failed, state.error) == ("completed", 20, 5, None)
+    assert verify(str(tmp_path / "out")).ok

@@ -22,7 +22,7 @@ from .attention import measure_products, split_heads
 from .cache import CrossKeys
 from .checkpoint import Checkpoint
 from .config import BlipConfig
-from .errors import OptionError
+from .errors import CheckpointError, OptionError
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from .packing import Int8Linear, PackedLinear, can_pack, pack_linears
 from .processor import BlipProcessor
@@ -132,6 +132,9 @@ class ResidentModel(Generic[ModelT]):
         if image_size is not None:
             self.model.vision_model.resize_images(image_size)
         self.processor = BlipProcessor.from_directory(checkpoint.directory)
+        words, room = len(self.processor.tokenizer), self.model.config.text_config.vocab_size
+        if words > room:  # on a GPU an id outside the vocabulary ends the process
+            raise CheckpointError(f"{checkpoint.source}: the tokenizer has {words} words, the model room for {room}")
         if device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in the patches' convolution too
         self.device, self.dtype = device, dtype

@@ -64,9 +64,8 @@ class Runner(ABC, Generic[ModelT]):
     def __init__(self, resident: ResidentModel[ModelT]) -> None:
         self.resident: ResidentModel[ModelT] = resident
         self._text_config = resident.model.config.text_config
-        self._enc_token_id = (
-            self._text_config.bos_token_id + 1
-        )  # Salesforce adds [DEC], which is [BOS] here, then [ENC]
+        # Salesforce adds [DEC], which is [BOS] here, then [ENC].
+        self._enc_token_id = self._text_config.bos_token_id + 1
 
     def prepare(self, request: Request) -> Prepared:
         """Check a request and tokenise its texts. Raises InputError; cheap enough for the caller's thread."""

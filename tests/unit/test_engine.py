@@ -313,7 +313,7 @@ class TestLife:
         [
             ({"device": "gpu"}, "device 'gpu' is unknown"),
             ({"device": "cuda:99"}, "device 'cuda:99' is not here: torch sees"),
-            ({"precision": "int8"}, "precision 'int8' is unknown; use one of auto, fp32"),
+            ({"precision": "int4"}, "precision 'int4' is unknown; use one of auto, fp32"),
         ],
     )
     def test_devices_and_precisions(self, given: dict[str, str], fault: str) -> None:

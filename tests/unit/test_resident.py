@@ -1,11 +1,15 @@
 """How many images and texts run together."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_models import WORDS, save_checkpoint, small_config
 
 from benchmarks.common import config_of
+from blip_engine import Engine
+from blip_engine.errors import CheckpointError
 from blip_engine.resident import Shapes
 
 GIB = 2**30
@@ -34,6 +38,12 @@ def test_wider_numbers_and_larger_models_take_more(monkeypatch: pytest.MonkeyPat
     assert Shapes.fitting(base, CUDA, torch.float32).groups < usual.groups
     assert Shapes.fitting(large, CUDA, torch.float32).groups <= usual.groups
     assert Shapes(8, 16).memory(large, torch.bfloat16) > Shapes(8, 16).memory(base, torch.bfloat16)
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "m", "vqa", **small_config(text={"vocab_size": len(WORDS) - 1, "bos_token_id": 5}))
+    with pytest.raises(CheckpointError, match=f"{len(WORDS)} words, the model room for {len(WORDS) - 1}"):
+        Engine.load({"vqa": str(tmp_path / "m")}, "cpu")
 
 
 def test_large_groups_are_fewer() -> None:

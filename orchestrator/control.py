@@ -162,7 +162,7 @@ class Controller:
         for spec, state in working:
             work, speed = self._works.get(spec.id), state.rows_per_second or 0.0
             chunks = speed / work.rows_per_chunk if work else 0.0
-            demands.append(Demand(spec.id, spec.model, spec.weight, chunks))
+            demands.append(Demand(spec.id, spec.model, spec.weight, state.chunks - state.chunks_done, chunks))
         return rooms(demands, workers)
 
     def _advance(self, spec: JobSpec, state: JobState, this: Step) -> None:

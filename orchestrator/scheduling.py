@@ -8,10 +8,11 @@ from typing import Any, Final
 
 from .ledger import QUEUE
 
-#: Chunks in flight for each slot: one in work, one waiting. More would only stand in the way of the next job.
-PER_SLOT: Final = 2
-LEAST_IN_FLIGHT, MOST_IN_FLIGHT = 8, 4096  # chunks of all jobs; of one job
-AHEAD_SECONDS: Final = 2.0  # short chunks: so much work waits too, for the control loop looks only now and then
+#: Chunks in flight for each slot. What waits stands in the way of the next job, so it is little once a job's speed is
+#: known: a quarter of the slots may end at once, and the control loop looks only now and then.
+PER_SLOT, PER_SLOT_UNKNOWN = 1.25, 2
+AHEAD_SECONDS: Final = 2.0  # of work that waits besides
+LEAST_IN_FLIGHT, MOST_IN_FLIGHT = 8, 4096  # chunks of all jobs before their speed is known; of one job
 CHUNK_SECONDS: Final = 30.0  # what a chunk of automatic size should take
 SMALLEST_CHUNK, LARGEST_CHUNK = 64, 4096  # rows
 
@@ -25,7 +26,8 @@ class Demand:
     job: str
     model: str
     weight: float
-    chunks_per_second: float = 0.0  # as lately done
+    chunks: int  # not done yet
+    chunks_per_second: float = 0.0  # as lately done; 0: not known
 
 
 def queue_of(model: str) -> str:
@@ -52,14 +54,28 @@ def holders(model: str, workers: Workers) -> list[str]:
 
 
 def rooms(demands: Sequence[Demand], workers: Workers) -> dict[str, int]:
-    """Chunks of each job that may be in flight: its share, by weight, of what the workers can hold."""
-    everything = sum(demand.weight for demand in demands)
-    found = {}
-    for demand in demands:
-        slots = sum(int(info.get("slots", 1)) for info in servers(demand.model, workers).values())
-        share = max(LEAST_IN_FLIGHT, PER_SLOT * slots) * demand.weight / everything
-        found[demand.job] = min(MOST_IN_FLIGHT, math.ceil(share + AHEAD_SECONDS * demand.chunks_per_second))
+    """Chunks of each job that may be in flight: its share, by weight, of what the workers can hold.
+
+    What a job with few chunks left does not need of its share, the others get.
+    """
+    found: dict[str, int] = {}
+    for queue in {route(demand.model, workers) for demand in demands}:
+        group = [demand for demand in demands if route(demand.model, workers) == queue]
+        room, weight = _capacity(group, workers), sum(demand.weight for demand in group)
+        for demand in sorted(group, key=lambda demand: demand.chunks / demand.weight):
+            share = max(1, math.ceil(room * demand.weight / weight))
+            found[demand.job] = min(MOST_IN_FLIGHT, share, demand.chunks)
+            room, weight = max(0.0, room - found[demand.job]), max(weight - demand.weight, 1e-9)
     return found
+
+
+def _capacity(group: Sequence[Demand], workers: Workers) -> float:
+    """Chunks that may be in flight of all jobs that share workers."""
+    slots = sum(int(info.get("slots", 1)) for info in servers(group[0].model, workers).values())
+    room = PER_SLOT * slots + AHEAD_SECONDS * sum(demand.chunks_per_second for demand in group)
+    if any(demand.chunks_per_second == 0 for demand in group):
+        return max(room, LEAST_IN_FLIGHT, PER_SLOT_UNKNOWN * slots)
+    return room
 
 
 def speed_key(task: str, model: str) -> str:

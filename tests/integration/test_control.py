@@ -13,7 +13,7 @@ from servers import RcloneServer, RedisServer, S3Server
 from orchestrator.control import Controller
 from orchestrator.errors import UsageError
 from orchestrator.jobs import submit
-from orchestrator.scheduling import LEAST_IN_FLIGHT, PER_SLOT
+from orchestrator.scheduling import LEAST_IN_FLIGHT, PER_SLOT_UNKNOWN
 from orchestrator.settings import Settings, load_settings
 from orchestrator.storage import open_store
 from orchestrator.verify import verify
@@ -237,7 +237,7 @@ def test_what_is_handed_out_follows_the_workers_and_redis_s_memory(
     controller.ledger.worker_seen("w1", {"slots": 30})
     controller.ledger.worker_seen("w2", {"slots": 20})
     controller.step()
-    assert controller.ledger.queue_length() == 50 * PER_SLOT
+    assert controller.ledger.queue_length() == 50 * PER_SLOT_UNKNOWN
 
 
 def test_verify_compares_a_part_with_its_metadata(

@@ -302,7 +302,7 @@ def test_status_tells_speed_time_cost_and_errors(settings: Settings, controller:
         assert time.monotonic() < deadline
     rows = status["request_counts"]
     assert 10 < status["rows_per_second"] < 200
-    assert status["eta_seconds"] == pytest.approx((400 - status["rows_done"]) / status["rows_per_second"], rel=0.01)
+    assert status["eta_seconds"] == pytest.approx((400 - status["rows_done"]) / status["rows_per_second"], abs=0.06)
     assert status["errors"] == {"image_not_found": rows["failed"]}
     assert len(list(lifecycle.errors(controller.ledger, settings, job))) == rows["failed"]
     assert status["notice"].startswith("no live worker holds model demo yet")
@@ -329,6 +329,26 @@ def test_chunks_of_automatic_size_follow_the_speed_seen(
         found[name] = plan_of(tmp_path / name).chunk_rows
         lifecycle.cancel(controller.ledger, spec.id)
     assert found == {"unknown": 312, "slow": 150, "quick": 312}  # never so large that few workers would have any
+
+
+def test_jobs_share_by_weight(settings: Settings, controller: Controller, tmp_path: Path) -> None:
+    manifest, worker = write_manifest(tmp_path, 5000), MiniWorker(settings)
+    controller.ledger.worker_seen("w", {"slots": 8})
+    for weight in (1, 3):
+        submit(controller.ledger, caption_spec(manifest, tmp_path / f"out-{weight}", weight=weight), settings)
+    while not all(state.status == "in_progress" for _, state in controller._unfinished()):
+        controller.step()
+    done: Counter[float] = Counter()
+    deadline = time.monotonic() + 30
+    while sum(done.values()) < 300:
+        assert time.monotonic() < deadline
+        controller.step()
+        if hint := worker.take():
+            worker.work(hint)
+            spec = controller.ledger.spec(hint.job)
+            assert spec is not None
+            done[spec.weight] += 1
+    assert 2 < done[3] / done[1] < 4.5, done
 
 
 def test_retry_of_a_job_whose_rows_all_failed(settings: Settings, controller: Controller, tmp_path: Path) -> None:

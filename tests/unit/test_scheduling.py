@@ -10,7 +10,7 @@ from orchestrator.ledger import QUEUE
 from orchestrator.scheduling import (
     LEAST_IN_FLIGHT,
     MOST_IN_FLIGHT,
-    PER_SLOT,
+    PER_SLOT_UNKNOWN,
     Demand,
     chunk_rows_for,
     holders,
@@ -43,20 +43,38 @@ def test_hints_go_to_the_queue_of_their_model_where_someone_listens() -> None:
 
 
 def test_shares_follow_the_weights_and_the_workers() -> None:
-    workers = {"w1": ANY, "w2": ONLY_M, "old": {}}
-    assert rooms([Demand("j", "a", 1)], workers) == {"j": PER_SLOT * 5}  # a worker that tells nothing has one slot
-    assert rooms([Demand("j", "a", 1), Demand("k", "a", 4)], workers) == {"j": 2, "k": 8}
-    assert rooms([Demand("j", "a", 1), Demand("k", "m", 1)], workers) == {"j": 5, "k": 10}
-    assert rooms([Demand("j", "x", 1)], {}) == {"j": LEAST_IN_FLIGHT}
-    assert rooms([Demand("j", "a", 1, 100.0)], workers)["j"] == PER_SLOT * 5 + 200  # many short chunks wait
+    workers = {"w1": ANY, "w2": ONLY_M, "old": {}}  # a worker that tells nothing has one slot
+    assert rooms([Demand("j", "a", 1, 99)], workers) == {"j": PER_SLOT_UNKNOWN * 5}
+    assert rooms([Demand("j", "a", 1, 99), Demand("k", "a", 4, 99)], workers) == {"j": 2, "k": 8}
+    assert rooms([Demand("j", "a", 1, 99), Demand("k", "m", 1, 99)], workers) == {"j": 10, "k": 20}
+    assert rooms([Demand("j", "x", 1, 99)], {}) == {"j": LEAST_IN_FLIGHT}
     assert rooms([], workers) == {}
 
 
-@given(st.lists(st.tuples(st.floats(0.001, 1000), st.floats(0, 1e6)), min_size=1, max_size=50), st.integers(0, 5000))
-def test_every_job_gets_some_and_none_too_much(jobs: list[tuple[float, float]], slots: int) -> None:
+def test_little_waits_but_enough() -> None:
+    workers = {"w": {"slots": 32}}
+    assert rooms([Demand("j", "a", 1, 999, 0.1)], workers) == {"j": 41}  # of long chunks few wait
+    assert rooms([Demand("j", "a", 1, 999, 100.0)], workers) == {"j": 240}  # of short ones two seconds of work
+    both = [Demand("j", "a", 1, 999, 100.0), Demand("k", "a", 1, 999, 0.5)]
+    assert rooms(both, workers) == {"j": 121, "k": 120}  # who came late gets the same share of it
+
+
+def test_what_a_job_does_not_need_the_others_get() -> None:
+    workers = {"w": {"slots": 40}}
+    jobs = [Demand("small", "a", 9, 2, 1.0), Demand("j", "a", 1, 999, 1.0), Demand("k", "a", 1, 999, 1.0)]
+    assert rooms(jobs, workers) == {"small": 2, "j": 27, "k": 27}
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.001, 1000), st.integers(1, 10**6), st.floats(0, 1e4)), min_size=1, max_size=50),
+    st.integers(0, 5000),
+)
+def test_every_job_gets_some_and_all_get_what_there_is(jobs: list[tuple[float, int, float]], slots: int) -> None:
     demands = [Demand(str(number), "m", *job) for number, job in enumerate(jobs)]
     found = rooms(demands, {"w": {"slots": slots}})
-    assert all(1 <= room <= MOST_IN_FLIGHT for room in found.values())
+    assert all(1 <= found[demand.job] <= min(MOST_IN_FLIGHT, demand.chunks) for demand in demands)
+    wanted = min(sum(min(demand.chunks, MOST_IN_FLIGHT) for demand in demands), slots)
+    assert sum(found.values()) >= min(wanted, MOST_IN_FLIGHT)  # no slot is left without work
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from .batcher import Batcher
 from .checkpoint import find_checkpoint
 from .config import CONFIG_FILE
 from .errors import CheckpointError, EngineClosedError, InputError
+from .filtering import submit_capfilt
 from .inputs import ImageLike, choices_of, listed, pixels_of
 from .precision import choose_device, choose_dtype
 from .requests import (
@@ -38,7 +39,7 @@ from .requests import (
     options_for,
 )
 from .resident import MODEL_CLASSES, ResidentModel
-from .runner import AnswerRunner, CaptionRunner, MatchRunner, Prepared, runner_for
+from .runner import AnswerRunner, CaptionRunner, EmbedRunner, MatchRunner, Prepared, runner_for
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Engine:
         self.dtype, self._int8 = choose_dtype(precision, self.device), precision == "int8"
         self.oom_splits = 0  # how often the device ran out of memory and batches were halved
         self._runners: dict[str, CaptionRunner | AnswerRunner | MatchRunner] = {}
+        self._embedders: dict[str, EmbedRunner] = {}  # around the same resident models
         self._infos: dict[str, ModelInfo] = {}
         self._batcher: Batcher[_Entry] = Batcher()
         self._device_lock = threading.Lock()  # held by a step and by embed: one user of the device at a time
@@ -117,10 +119,14 @@ class Engine:
             if (held.source, held.task) != (model, task) or image_size not in (None, held.image_size[0]):
                 raise CheckpointError(f"the name {name!r} is taken by {held.source} ({held.task}); choose another")
             return held
+        if task not in TASKS:
+            raise CheckpointError(f"checkpoints are made for {', '.join(TASKS)}; {task!r} uses theirs")
         checkpoint = find_checkpoint(model, task=task)
         resident: ResidentModel[Any] = ResidentModel(checkpoint, task, self.device, self.dtype, image_size, self._int8)
         info = ModelInfo(name, task, model, checkpoint.revision, checkpoint.weights_sha256(), resident.image_size)
         self._runners[name] = runner_for(task, resident)
+        if task == "itm":
+            self._embedders[name] = EmbedRunner(resident)
         self._infos[name] = info
         _log.info(
             "%s (%s) is resident on %s in %s, %s attention", model, task, self.device, self.dtype, resident.attention
@@ -133,6 +139,8 @@ class Engine:
 
     def submit(self, request: Request) -> "Future[list[Result]]":
         """Queue a request; the future gives one result per text, or an InputError, or EngineClosedError."""
+        if request.task == "capfilt":
+            return submit_capfilt(self.submit, request)
         future: Future[list[Result]] = Future()
         future.set_running_or_notify_cancel()  # a cancelled one would refuse its result and end the engine's thread
         try:
@@ -255,6 +263,8 @@ class Engine:
 
     def _runner(self, model: str, task: Task) -> "CaptionRunner | AnswerRunner | MatchRunner":
         info = self._info(model)
+        if task == "embed" and model in self._embedders:
+            return self._embedders[model]
         if info.task != task:
             raise InputError(f"model {model!r} serves {info.task}, not {task}")
         return self._runners[model]
@@ -264,7 +274,8 @@ class Engine:
             self._step(batch)
 
     def _step(self, batch: list[_Entry]) -> None:
-        runner = self._runners[batch[0].prepared.request.model]
+        request = batch[0].prepared.request
+        runner = self._runner(request.model, request.task)
         try:
             with self._device_lock:
                 results = runner.run([entry.prepared for entry in batch])

@@ -8,10 +8,9 @@ import numpy as np
 
 from .engine import Engine, Vectors
 from .errors import InputError
+from .filtering import filtered
 from .inputs import ImageLike, listed, pixels_of
 from .requests import Filtered, Found
-
-_FITS = 0.5  # CapFilt keeps a text above this probability
 
 
 def capfilt(
@@ -44,9 +43,8 @@ def capfilt(
     found = iter(engine.match([image for image, _ in pairs], [text for _, text in pairs], model=judge))
     results = []
     for web, caption in zip(webs, captions, strict=True):
-        judged = [(text, next(found).itm) for text in (*web, caption.text)]
-        kept = tuple(text for text, chance in judged if chance > _FITS)
-        results.append(Filtered(caption, judged[-1][1], judged[0][1] if web else None, kept))
+        chances = {text: next(found).itm for text in (*web, caption.text)}
+        results.append(filtered(caption, web[0] if web else None, chances))
     return results
 
 

@@ -261,17 +261,30 @@ class Request:
     task: Task
     pixels: "np.ndarray[Any, Any]"  # uint8 (height, width, 3), already at the model's image size
     texts: tuple[str, ...]  # prompts, questions, or texts to match, embed or judge; one result each, in order
-    options: Options  # "" is a text only to itm and vqa; elsewhere it means that there is none
+    options: Options  # a blank text is one only to itm and vqa
     candidates: tuple[str, ...] = ()  # vqa: the answers to choose from; none: the answer is generated
     judge: str = ""  # capfilt: the name of the matching model
 
 
 def result_record(task: Task, results: Sequence[Result], several: bool) -> dict[str, Any]:
-    """The `result` of a row: its only result's record, or the list of them under `answers` or `matches`."""
+    """The `result` of a row: its only result's record, or the list of them under `answers` or `matches`.
+
+    The texts of a capfilt row share their caption, so they have one record, with `text_matches` in their order.
+    """
     if not several:
         return results[0].as_record()
+    if task == "capfilt":
+        return _several_filtered([result for result in results if isinstance(result, Filtered)])
     key = {"caption": "captions", "vqa": "answers", "itm": "matches"}[task]
     return {key: [result.as_record() for result in results]}
+
+
+def _several_filtered(results: Sequence[Filtered]) -> dict[str, Any]:
+    caption = results[0].caption.text
+    kept = dict.fromkeys(text for result in results for text in result.kept if text != caption)
+    fits = [caption] if any(caption in result.kept for result in results) else []
+    record = results[0].as_record() | {"text_match": None, "kept": [*kept, *fits]}
+    return record | {"text_matches": [result.text_match for result in results]}
 
 
 def option_names(task: Task) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ _RESULTS: Final[dict[Task, dict[str, Any]]] = {
     "vqa": {**_ANSWER, "answers": [_ANSWER]},
     "itm": {**_MATCH, "matches": [_MATCH]},
     "embed": {"embedding": bytes, "text_embedding": bytes},
-    "capfilt": {"caption": str, "caption_match": float, "text_match": float, "kept": [str]},
+    "capfilt": {"caption": str, "caption_match": float, "text_match": float, "kept": [str], "text_matches": [float]},
 }
 _KEPT_NULLS: Final = {"text_match"}  # fields that are there even when they are null
 
@@ -226,10 +226,9 @@ def _from_parquet(data: bytes) -> Iterator[Record]:
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {n: _without_nulls(v) for n, v in value.items() if v is not None or n in _KEPT_NULLS}
-    if isinstance(value, list):
-        return _vector(value) if value and isinstance(value[0], float) else [_without_nulls(v) for v in value]
-    return value
+        kept = {name: inner for name, inner in value.items() if inner is not None or name in _KEPT_NULLS}
+        return {name: _vector(v) if name in _RESULTS["embed"] else _without_nulls(v) for name, v in kept.items()}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _vector(values: list[float]) -> list[float]:

@@ -12,8 +12,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from numpy import float32
+
 from blip_engine.errors import CheckpointError, InputError
-from blip_engine.requests import Answer, Caption, Match, Request, Result
+from blip_engine.filtering import filtered
+from blip_engine.requests import Answer, Caption, Embedding, Match, Request, Result
 
 
 @dataclass(frozen=True)
@@ -87,4 +90,10 @@ def answer(request: Request, text: str) -> Result:
     if request.task == "vqa":
         ranking = tuple((answer, -float(n)) for n, answer in enumerate(request.candidates))
         return Answer(*ranking[0], ranking) if ranking else Answer(f"{colour} {text}", -0.25)
+    if request.task == "embed":
+        vector = tuple(float(f"{float32(c / 255):.8e}") for c in request.pixels.mean(axis=(0, 1)))
+        return Embedding(vector, (0.5, 0.25, float(len(text))) if text else None)
+    if request.task == "capfilt":
+        caption = Caption(f"{colour} by {request.model}", -0.5, (1, 2, 3))
+        return filtered(caption, text or None, {text: float("right" in text), caption.text: 0.75})
     return Match(0.75, 0.5, 1.0)

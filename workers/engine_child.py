@@ -73,7 +73,7 @@ class _Server:
     def _run(self, run_id: int, run: Run) -> None:
         pixels = self._slots.pixels(run.slot, run.size).copy()  # the slot may be refilled while the batch still runs
         try:
-            request = Request(run.model, run.task, pixels, run.texts, run.options, run.candidates)
+            request = Request(run.model, run.task, pixels, run.texts, run.options, run.candidates, run.judge)
             future = self._engine.submit(request)
         except Exception as error:
             self._fail(run_id, error)

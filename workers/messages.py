@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from blip_engine.errors import CheckpointError
 from blip_engine.requests import Options, Task
 
 
@@ -31,6 +32,16 @@ class Checkpoint:
     revision: str | None  # the hub's commit
     weights_sha256: str
     image_size: tuple[int, int]  # height, width
+    judge: str = ""  # the other one's name, where a task needs two
+
+    def judged_by(self, other: "Checkpoint") -> "Checkpoint":
+        """This one and the filter of its captions as one. Raises CheckpointError when one image cannot serve both."""
+        if self.image_size != other.image_size:
+            sizes = " and ".join(f"{each.source} at {each.image_size[0]} pixels" for each in (self, other))
+            raise CheckpointError(f"{sizes}: a captioner and its filter must take images of one size")
+        revision = f"{self.revision}+{other.revision}" if self.revision and other.revision else None
+        weights = f"{self.weights_sha256}+{other.weights_sha256}"
+        return Checkpoint(self.name, f"{self.source}+{other.source}", revision, weights, self.image_size, other.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +55,4 @@ class Run:
     texts: tuple[str, ...]
     options: Options
     candidates: tuple[str, ...] = ()  # vqa: the answers to choose from
+    judge: str = ""  # capfilt: the loaded name of the filter

@@ -4,7 +4,7 @@ Each chunk is an event loop in its Celery thread. Images in flight are bounded b
 number of rows; rows of a chunk that share an image share one load and one vision pass.
 """
 
-import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -92,7 +92,7 @@ class Lane:
         if flight.chunk is current and self._goes_on(flight, outcome):
             run = Run(
                 current.job.checkpoint.name, current.job.task, flight.slot, current.job.checkpoint.image_size,
-                flight.texts(), current.job.options, flight.rows[0].candidates,
+                flight.texts(), current.job.options, flight.rows[0].candidates, current.job.checkpoint.judge,
             )  # fmt: skip
             self._engine.submit(run, self._replies, flight)
         else:
@@ -176,13 +176,13 @@ class ChunkRun:
         self.rows_done += 1
 
 
-def _is_json(result: dict[str, Any]) -> bool:
+def _is_json(value: Any) -> bool:
     """Whether it holds neither NaN nor infinity."""
-    try:
-        json.dumps(result, allow_nan=False)
-    except ValueError:
-        return False
-    return True
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_is_json, value.values()))
+    return all(map(_is_json, value)) if isinstance(value, list) else True
 
 
 class CarefulRun(ChunkRun):

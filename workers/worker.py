@@ -14,6 +14,7 @@ from queue import LifoQueue
 from typing import Any, Final
 
 from blip_engine.errors import BlipError
+from blip_engine.requests import checkpoints_of
 from orchestrator.contract import BadRow, Hint, Row
 from orchestrator.errors import BlipBatchError, RedisUnavailable, StoreUnavailable, UsageError
 from orchestrator.jobs import model_name
@@ -175,12 +176,16 @@ class Worker:
     def _checkpoint(self, job: OpenJob, held: Held) -> Checkpoint:
         if job.checkpoint is not None:
             return job.checkpoint
-        future = self.engine.load_model(job.spec.model, job.spec.task)
-        while not future.done():
-            self._check(held, 1)
-            with suppress(TimeoutError):
-                future.result(_POLL_SECONDS)
-        checkpoint = future.result()  # CheckpointError ends the job
+        named = checkpoints_of(job.spec.task, job.spec.model)
+        futures = [self.engine.load_model(model, task) for task, model in named]
+        for future in futures:
+            while not future.done():
+                self._check(held, 1)
+                with suppress(TimeoutError):
+                    future.result(_POLL_SECONDS)
+        checkpoint, *others = (future.result() for future in futures)  # CheckpointError ends the job
+        for other in others:
+            checkpoint = checkpoint.judged_by(other)
         job.report(self.ledger, checkpoint)
         held_now = dict.fromkeys([*self._presence["models"], *job.spec.model.split("+")])
         self._presence["models"] = list(held_now)

@@ -17,7 +17,7 @@ from small_models import save_checkpoint, small_config
 from blip_engine.checkpoint import find_checkpoint
 from blip_engine.requests import TASKS, MatchOptions, Request, Result, Task, options_for
 from blip_engine.resident import ResidentModel
-from blip_engine.runner import Runner, runner_for
+from blip_engine.runner import EmbedRunner, Runner, runner_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 TEXTS: dict[Task, list[tuple[str, ...]]] = {
@@ -126,6 +126,22 @@ def test_embeddings(folder: Path, dtype: str, device: torch.device) -> None:
         assert model.embed_images([pixels[row]])[0].equal(pictures[row])
     for row in range(len(texts)):
         assert model.embed_texts([texts[row]], MatchOptions())[0].equal(words[row])
+
+
+@pytest.mark.parametrize("config", [None, WIDE], ids=["small", "wide"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embed_requests(folder: Path, dtype: str, config: dict[str, Any] | None, device: torch.device) -> None:
+    model = EmbedRunner(runner(folder / ("wide-itm" if config else "itm"), "itm", dtype, device, config).resident)
+    images = model.resident.shapes.images
+    batch = [
+        replace(request, task="embed", options=options_for("embed"), texts=(*request.texts, ""))
+        for request in requests(model, "itm", images + 1)
+    ]
+    crowd = run(model, batch)
+    assert run(model, batch[::-1]) == crowd[::-1]
+    for row in (0, 1, images - 1, images):
+        assert run(model, [batch[row]]) == [crowd[row]]
+        assert run(model, [replace(batch[row], texts=batch[row].texts[:1])]) == [crowd[row][:1]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import typer.main
 
-from blip_engine.requests import TASKS, option_names
+from blip_engine.requests import JOB_TASKS, option_names
 from orchestrator.cli import app
 from orchestrator.contract import ErrorCode
 from orchestrator.settings import Settings
@@ -38,7 +38,7 @@ def test_no_setting_is_explained_that_does_not_exist() -> None:
     assert told == {name.upper() for name in Settings.model_fields} | {"REDIS_BINARY"}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", JOB_TASKS)
 def test_every_task_and_option_is_explained(task: str) -> None:
     assert f"| `{task}` |" in README
     for option in option_names(task):

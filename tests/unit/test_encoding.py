@@ -49,7 +49,8 @@ RESULTS: dict[Task, st.SearchStrategy[Any]] = {
         {
             "caption": words, "caption_match": chances, "text_match": st.none() | chances,
             "kept": st.lists(words, max_size=2),
-        }
+        },
+        optional={"text_matches": some(chances)},
     ),
 }  # fmt: skip
 inputs = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=4)

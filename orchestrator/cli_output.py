@@ -14,6 +14,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.
 def register_output(app: typer.Typer) -> None:
     """Adds the commands to `blip-batch`."""
     app.command()(export)
+    app.command()(recover)
 
 
 def export(
@@ -29,3 +30,17 @@ def export(
         print_json(asdict(done))
     else:
         print_line(f"{done.file}: {done.rows:,} rows, {done.failed:,} with errors")
+
+
+def recover(output: Output, as_json: JsonFlag = False) -> None:
+    """Make a job that Redis lost known to it again, from its output; it goes on where its parts end."""
+    from .recover import recover as submit_again  # noqa: PLC0415 - heavy, as in `cli`
+
+    found = submit_again(output)
+    if as_json:
+        print_json(asdict(found))
+        return
+    print_line(found.id)
+    where = f" of retry {found.round}" if found.round else ""
+    left = "nothing is left to do" if found.complete else "the rest goes on"
+    print_line(f"{found.parts:,} of {found.chunks:,} parts{where} are there: {left}")

@@ -162,7 +162,11 @@ class Embedded:
         Controller(self.settings).run(self._stop)
 
     def _start_worker(self, number: int) -> "subprocess.Popen[bytes]":
-        environment = {**os.environ, **_as_environment(self.settings), "BLIP_PARENT_PID": str(os.getpid())}
+        environment = {
+            **os.environ, **_as_environment(self.settings),
+            "BLIP_MODELS": "",  # a setting of a cluster's workers; these are for whatever the jobs here name
+            "BLIP_PARENT_PID": str(os.getpid()),
+        }  # fmt: skip
         with self._worker_log(number).open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "workers"], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,

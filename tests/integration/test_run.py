@@ -228,6 +228,7 @@ def test_no_redis_server_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_same_command_with_retry_does_the_failed_rows_again(cli: Cli, tmp_path: Path) -> None:
+    cli.environment["BLIP_MODELS"] = "owner/other"  # of the machine's worker in a cluster: does not concern `run`
     manifest = simple_job(tmp_path / "in", 30)
     (tmp_path / "in" / "7.png").rename(tmp_path / "in" / "gone.png")
     code, _, err = cli.run(*cli.job(manifest, "--retry"))  # nothing to do again yet

@@ -1,4 +1,4 @@
-"""`blip-batch export` and `recover`: what is done with an output in object storage."""
+"""`blip-batch export`, `recover` and `report`: what is done with an output in object storage."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -15,6 +15,7 @@ def register_output(app: typer.Typer) -> None:
     """Adds the commands to `blip-batch`."""
     app.command()(export)
     app.command()(recover)
+    app.command()(report)
 
 
 def export(
@@ -44,3 +45,15 @@ def recover(output: Output, as_json: JsonFlag = False) -> None:
     where = f" of retry {found.round}" if found.round else ""
     left = "nothing is left to do" if found.complete else "the rest goes on"
     print_line(f"{found.parts:,} of {found.chunks:,} parts{where} are there: {left}")
+
+
+def report(
+    output: Output,
+    file: Annotated[str, typer.Argument(help="The page to write; a path or s3:// URI.")] = "report.html",
+    sample: Annotated[int, typer.Option(min=0, max=1000, help="Rows that are shown with their images.")] = 24,
+) -> None:
+    """Write one self-contained HTML page: a sample of images with their results, scores, errors by code."""
+    from .page import write_page  # noqa: PLC0415 - heavy, as in `cli`
+
+    pictures = write_page(output, file, sample)
+    print_line(f"{file}: {pictures} of {sample} thumbnails")

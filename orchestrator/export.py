@@ -44,11 +44,11 @@ def export(output: str, file: str, settings: Settings | None = None) -> Exported
     if plan is None or record is None:
         raise UsageError(f"{output} holds no job: there is no plan/plan.json")
     write = _writer_of(file, plan, record["spec"]["task"])
-    _refuse_our_own(store.root, file)
+    refuse_our_own(store.root, file)
     rows = failed = 0
     try:
         with _target(file, settings) as path, write(path) as writer:
-            for block in _blocks(_records(plan)):
+            for block in _blocks(records_of(plan)):
                 writer.write(block)
                 rows += len(block)
                 failed += sum(1 for row in block if row["error"] is not None)
@@ -57,7 +57,8 @@ def export(output: str, file: str, settings: Settings | None = None) -> Exported
     return Exported(file, rows, failed)
 
 
-def _records(plan: Plan) -> Iterator[dict[str, Any]]:
+def records_of(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Every row's record in manifest order, the latest round's. Raises JobError when a row has no part yet."""
     try:
         yield from latest_records(plan)
     except ObjectNotFound as error:
@@ -82,11 +83,12 @@ def _writer_of(file: str, plan: Plan, task: Task) -> Callable[[Path], RecordWrit
     if file.endswith(".csv"):
         return lambda path: CsvWriter(path, task)
     if file.endswith(".parquet"):  # its schema comes first, so the length of embeddings is looked up before
-        return lambda path: ParquetWriter(path, task, embedding_size(_records(plan)) if task == "embed" else None)
+        return lambda path: ParquetWriter(path, task, embedding_size(records_of(plan)) if task == "embed" else None)
     raise UsageError(f"{file}: the name must end in .jsonl, .jsonl.gz, .csv or .parquet, which says what to write")
 
 
-def _refuse_our_own(root: str, file: str) -> None:
+def refuse_our_own(root: str, file: str) -> None:
+    """Raises UsageError for a file that belongs to the output itself."""
     where = file if "://" in file else os.path.abspath(file)  # noqa: PTH100 - keeps odd names as they are
     inside = where.removeprefix(root + "/")
     if inside != where and inside.startswith(_OURS):

@@ -75,7 +75,8 @@ class Worker:
         self._lanes: LifoQueue[Lane] = LifoQueue()
         for number in range(settings.worker_threads):
             self._lanes.put(Lane(range(number, settings.slots, settings.worker_threads), self.loaders, self.engine))
-        self.models = [model_name(model) for model in settings.models]  # the only ones it serves; none: any
+        #: The only ones it serves; none: any. A pair, as capfilt has it, is named with a plus.
+        self.models = [model_name(model) for pair in settings.models for model in pair.split("+")]
         #: What others are told of this worker; its `models` grow as checkpoints are loaded.
         self._presence: dict[str, Any] = {"slots": settings.worker_threads, "models": [], "only": self.models}
         self._keeper = LeaseKeeper(self.ledger, settings, name, self._presence)

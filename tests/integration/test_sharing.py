@@ -113,7 +113,7 @@ def test_a_model_with_workers_of_its_own(cluster: Cluster, tmp_path: Path) -> No
     other.mkdir()
     manifest = simple_job(tmp_path / "in", 30)
     cluster.start_orchestrator()
-    cluster.start_worker(BLIP_MODELS=f"{other}, x/y")
+    cluster.start_worker(BLIP_MODELS=f"{other}, demo+x/y")
     deadline = time.monotonic() + 20
     while not cluster.ledger.live_workers():
         assert time.monotonic() < deadline, cluster.logs()

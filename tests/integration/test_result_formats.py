@@ -10,6 +10,7 @@ from numpy import float32
 from servers import RedisServer, S3Server
 from system import Cluster, colour, write_images, write_rows
 
+from orchestrator import lifecycle
 from orchestrator.contract import RESULT_FORMATS, ResultFormat
 from orchestrator.export import export
 from orchestrator.parts import read_part
@@ -65,6 +66,24 @@ def test_a_job_in_every_format(cluster: Cluster, tmp_path: Path, results: Result
     assert export("s3://blip/out", str(tmp_path / "all.csv")).rows == 32
     again = cluster.submit(rows, "s3://blip/out", results=results)  # the same work: found done
     assert again.id == spec.id
+    retried(cluster, spec.id, tmp_path, results)
+
+
+def retried(cluster: Cluster, job: str, folder: Path, results: ResultFormat) -> None:
+    """The failed row once more, its image mended: one part of one record, and an export that has its result."""
+    write_images(folder / "in", 8)
+    assert lifecycle.retry(cluster.ledger, cluster.settings, job).rows == 1
+    state = cluster.until(job, lambda state: state.ended and state.round == 1)
+    assert (state.status, state.failed) == ("completed", 0)
+    audit = verify("s3://blip/out")
+    assert audit.ok, audit.problems
+    assert [info.key for info in open_store("s3://blip/out").list("rounds/1/part-")] == [
+        f"rounds/1/part-00000000.{results}"
+    ]
+    assert export("s3://blip/out", str(folder / "all.jsonl")).failed == 0
+    found = [json.loads(line) for line in (folder / "all.jsonl").read_text().splitlines()]
+    assert [record["row"] for record in found] == list(range(32))
+    assert found[7]["result"] == {"caption": f"{colour(7)} p7", "score": -0.5, "tokens": 3}
 
 
 def test_parts_of_another_format_are_no_parts(cluster: Cluster, tmp_path: Path) -> None:

@@ -120,9 +120,10 @@ class Usage:
         self._samples.append((time.time(), self.seconds()))
 
     def _name(self, process: psutil.Process, command: psutil.Process) -> str:
-        if process.pid in self._seconds and self._seconds[process.pid][0] in {"engine", "redis", "worker"}:
-            return self._seconds[process.pid][0]
+        known = self._seconds.get(process.pid, ("", 0.0))[0]
         line = " ".join(process.cmdline())
+        if known and (known != "loaders" or not line):  # one that ended has no line; a loader may prove to be an engine
+            return known
         if process.pid == command.pid:
             return "command and control loop"
         if "redis-server" in line:

@@ -10,9 +10,11 @@ One thread runs `step`: take a batch, run it, settle its futures. Every future s
 import json
 import logging
 import threading
+import time
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias, cast
 
@@ -40,6 +42,7 @@ from .requests import (
 )
 from .resident import MODEL_CLASSES, ResidentModel
 from .runner import AnswerRunner, CaptionRunner, EmbedRunner, MatchRunner, Prepared, runner_for
+from .stopwatch import Stopwatch
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +59,17 @@ class ModelInfo:
     revision: str | None  # the hub's commit
     weights_sha256: str
     image_size: tuple[int, int]  # height and width the model takes, pixels
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """A batch that was run, in numbers; see `Engine.on_batch`."""
+
+    task: Task
+    requests: int  # images with their texts
+    texts: int
+    busy_seconds: float  # of the engine's thread
+    stage_seconds: Mapping[str, float]  # of the device: `vision`, then `text`
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,8 @@ class Engine:
         self.device = choose_device(device)
         self.dtype, self._int8 = choose_dtype(precision, self.device), precision == "int8"
         self.oom_splits = 0  # how often the device ran out of memory and batches were halved
+        #: Called in the engine's thread for every batch that was run, before its futures settle.
+        self.on_batch: Callable[[BatchReport], None] | None = None
         self._runners: dict[str, CaptionRunner | AnswerRunner | MatchRunner] = {}
         self._embedders: dict[str, EmbedRunner] = {}  # around the same resident models
         self._infos: dict[str, ModelInfo] = {}
@@ -277,7 +293,7 @@ class Engine:
         request = batch[0].prepared.request
         runner = self._runner(request.model, request.task)
         try:
-            with self._device_lock:
+            with self._device_lock, self._reporting(batch, runner.resident.stopwatch):
                 results = runner.run([entry.prepared for entry in batch])
         except torch.OutOfMemoryError as error:  # the batch is run again, smaller, unless it cannot be
             self._after_out_of_memory(runner, batch, error)
@@ -286,6 +302,17 @@ class Engine:
         else:
             for entry, result in zip(batch, results, strict=True):
                 entry.future.set_result(result)
+
+    @contextmanager
+    def _reporting(self, batch: list[_Entry], stopwatch: Stopwatch) -> Iterator[None]:
+        """Tells `on_batch` of what runs in this block, unless that fails."""
+        started = time.perf_counter()
+        stopwatch.start()
+        yield
+        stages, busy = stopwatch.stop("text"), time.perf_counter() - started
+        if self.on_batch is not None:
+            texts = sum(len(entry.prepared.request.texts) for entry in batch)
+            self.on_batch(BatchReport(batch[0].prepared.request.task, len(batch), texts, busy, stages))
 
     def _after_out_of_memory(
         self, runner: "CaptionRunner | AnswerRunner | MatchRunner", batch: list[_Entry], error: Exception

@@ -27,6 +27,7 @@ from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, Bli
 from .packing import Int8Linear, PackedLinear, can_pack, pack_linears
 from .processor import BlipProcessor
 from .requests import Task
+from .stopwatch import Stopwatch
 from .text import BlipTextModel
 from .text_layers import BlipTextLayer
 
@@ -138,6 +139,7 @@ class ResidentModel(Generic[ModelT]):
         if device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in the patches' convolution too
         self.device, self.dtype = device, dtype
+        self.stopwatch = Stopwatch(device)  # started and stopped by whoever runs a batch
         self.attention = "product" if measure_products(device, dtype) else "fused"  # the faster one here
         vision = self.model.config.vision_config
         self.image_size = (vision.image_size, vision.image_size)
@@ -186,6 +188,7 @@ class ResidentModel(Generic[ModelT]):
             for row, image in enumerate(pixels[start : start + size]):
                 block[row] = image
             states.append(self.model.vision_model(self._normalise(torch.from_numpy(block))).last_hidden_state)
+        self.stopwatch.mark("vision")
         return states
 
     def _normalise(self, block: Tensor) -> Tensor:

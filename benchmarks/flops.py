@@ -1,7 +1,8 @@
 """What the model must compute and move, from its configuration alone: 2 FLOP per multiply-add, matrix products only.
 
-The one place of these formulas. They say what the work *needs*: one vision pass and one cross-attention projection per
-image whatever the number of beams, questions or texts. Softmax, norms and activations are not counted.
+The one place of these formulas. They say what the work *needs*: one vision pass per image whatever the number of beams,
+questions or texts, and one cross-attention projection, or none where few queries are better off looking at the states
+themselves (`blip_engine.absorption`). Softmax, norms and activations are not counted.
 """
 
 from typing import Any
@@ -32,6 +33,13 @@ def cross_keys(config: Any, tokens: int | None = None, source_width: int | None 
     tokens = patches(config) + 1 if tokens is None else tokens
     source_width = config.vision_config.hidden_size if source_width is None else source_width
     return int(text.num_hidden_layers * 4 * tokens * source_width * text.hidden_size)
+
+
+def absorbed_look(config: Any) -> int:
+    """FLOP of one query that looks at an image's states, all layers: scores, sums, and the way there and back."""
+    text, width = config.text_config, config.vision_config.hidden_size
+    attended = text.num_attention_heads * (patches(config) + 1) * width
+    return int(text.num_hidden_layers * 4 * (attended + width * text.hidden_size))
 
 
 def text_token(config: Any, source: int | None, seen: int = 0) -> int:
@@ -76,28 +84,28 @@ def by_stage(config: Any, task: str, images: int, texts: int, tokens: int, beams
     one position per text are left out.
     """
     v, t = config.vision_config, config.text_config
-    seen, rows, layers = patches(config) + 1, images * max(1, texts), t.num_hidden_layers
+    seen, rows = patches(config) + 1, images * max(1, texts)
+    pair = t.num_hidden_layers * 4 * t.hidden_size  # of one query and one key
     vision_attention = v.num_hidden_layers * 4 * seen**2 * v.hidden_size
-    attended = 0  # (query, key) pairs of one layer
-    work = {
-        "vision": images * (vision(config) - vision_attention),
-        "vision attention": images * vision_attention,
-        "cross K/V": images * cross_keys(config),
-    }
+    own = 0  # pairs of text with text, or with a question
+    work = {"vision": images * (vision(config) - vision_attention), "vision attention": images * vision_attention}
     if task != "caption":
         work["text encoder"] = rows * tokens * text_token(config, 0)
-        attended += rows * tokens * (tokens + seen)
+        own += rows * tokens * tokens
     if task == "itm":  # a second pass, without the image
         work["text encoder"] += rows * tokens * text_token(config, None)
-        attended += rows * tokens * tokens
+        own += rows * tokens * tokens
+    read = rows * (1 + beams * (steps - 1)) if steps else 0
     if steps:
-        read, source = rows * (1 + beams * (steps - 1)), seen if task == "caption" else tokens
-        work["decoder"] = read * text_token(config, 0)
-        work["head"] = read * head(config)
-        if task == "vqa":
-            work["decoder"] += rows * cross_keys(config, tokens, t.hidden_size)
-        attended += read * source + rows * (1 + beams * sum(range(2, steps + 1)))
-    work["text attention"] = layers * 4 * t.hidden_size * attended
+        work["decoder"], work["head"] = read * text_token(config, 0), read * head(config)
+        own += rows * (1 + beams * sum(range(2, steps + 1)))
+    if task == "vqa":
+        work["decoder"] += rows * cross_keys(config, tokens, t.hidden_size)
+        own += read * tokens
+    looks = read if task == "caption" else rows * tokens
+    projected, absorbed = images * cross_keys(config) + looks * seen * pair, looks * absorbed_look(config)
+    work["cross K/V"] = 0 if absorbed <= projected else images * cross_keys(config)
+    work["text attention"] = pair * own + min(absorbed, projected) - work["cross K/V"]
     return {name: int(number) for name, number in work.items()}
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.profiler import record_function
 
 from blip_engine import generation, text_layers, vision
+from blip_engine.absorption import Absorbed
 from blip_engine.cache import DecoderCache
 from blip_engine.resident import ResidentModel
 from blip_engine.runner import Runner
@@ -37,6 +38,7 @@ def _parts(runner: Runner[Any]) -> list[tuple[str, Any, str]]:
         ("cross K/V", resident, "_project_cross"),
         ("K/V gather", ResidentModel, "keys_of_groups"),
         ("text attention", text_layers, "attend"),
+        ("text attention", Absorbed, "attend"),
         ("beam reorder", DecoderCache, "select"),
     ]
     if hasattr(model, "text_encoder"):

@@ -9,7 +9,7 @@ its neighbours', and rows never mix: its results are bit for bit the same alone,
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby, islice
 from typing import Any, Final, Generic, TypeVar, cast
 
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .absorption import Absorbed, absorbing_pays
 from .attention import measure_products, split_heads
 from .cache import CrossKeys
 from .checkpoint import Checkpoint
 from .config import BlipConfig
 from .errors import CheckpointError, OptionError
+from .generation import Memory
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from .packing import Int8Linear, PackedLinear, can_pack, pack_linears
 from .processor import BlipProcessor
@@ -90,10 +92,21 @@ class Shapes:
 
 @dataclass(frozen=True)
 class ImageStates:
-    """Encoded images; the last ones may be blank."""
+    """Encoded images, in blocks of the vision tower's fixed shape; the last ones may be blank."""
 
-    first: Tensor  # (N, 1, vision width), of the class token
-    cross: CrossKeys  # what text attends to, per layer
+    blocks: list[Tensor]  # (shapes.images, S, vision width)
+    project: Callable[[Tensor], CrossKeys]
+
+    @cached_property
+    def states(self) -> Tensor:
+        """(N, S, vision width)."""
+        return torch.cat(self.blocks) if len(self.blocks) > 1 else self.blocks[0]
+
+    @cached_property
+    def keys(self) -> CrossKeys:
+        """What text attends to, per layer; made when it is first asked for."""
+        layers = zip(*(self.project(block) for block in self.blocks), strict=True)
+        return [(torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])) for parts in layers]
 
 
 @dataclass(frozen=True)
@@ -145,8 +158,10 @@ class ResidentModel(Generic[ModelT]):
         self.image_size = (vision.image_size, vision.image_size)
         self.shapes = Shapes.fitting(self.model.config, device, dtype)
         self._levels = self._normalised_levels().to(device, dtype)
-        layers = cast(Iterable[BlipTextLayer], self._attending_text().encoder.layer)
+        layers = cast(Iterable[BlipTextLayer], self.attending_text().encoder.layer)
         attentions = [layer.crossattention.self for layer in layers]
+        for attention in attentions:
+            attention.absorbed = Absorbed(attention.key, attention.value, attention.heads)
         projections = [p for attention in attentions for p in (attention.key, attention.value)]
         # One matrix for the keys and values of all layers: one large product, not 2 * layers small ones.
         weight = torch.cat([p.weight for p in projections]).detach()
@@ -159,7 +174,8 @@ class ResidentModel(Generic[ModelT]):
         elif int8:
             raise OptionError(f"precision 'int8' does not run on this {device.type} with torch {torch.__version__}")
 
-    def _attending_text(self) -> BlipTextModel:
+    def attending_text(self) -> BlipTextModel:
+        """The part of the model that looks at images."""
         model = self.model
         return model.text_decoder.bert if isinstance(model, BlipForConditionalGeneration) else model.text_encoder
 
@@ -172,12 +188,7 @@ class ResidentModel(Generic[ModelT]):
     @torch.inference_mode()
     def encode_images(self, pixels: Sequence[Pixels]) -> ImageStates:
         """uint8 (H, W, 3) images at the model's size to what texts read of them."""
-        states = self.image_states(pixels)
-        cross = [self._project_cross(part) for part in states]
-        layers = [
-            (torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])) for parts in zip(*cross, strict=True)
-        ]
-        return ImageStates(torch.cat([part[:, :1] for part in states]), layers)
+        return ImageStates(self.image_states(pixels), self._project_cross)
 
     @torch.inference_mode()
     def image_states(self, pixels: Sequence[Pixels]) -> list[Tensor]:
@@ -198,7 +209,7 @@ class ResidentModel(Generic[ModelT]):
         return torch.stack([self._levels[channel][levels[:, channel]] for channel in range(3)], dim=1)
 
     def _project_cross(self, states: Tensor) -> CrossKeys:
-        heads, layers = self.model.config.text_config.num_attention_heads, len(self._attending_text().encoder.layer)
+        heads, layers = self.model.config.text_config.num_attention_heads, len(self.attending_text().encoder.layer)
         parts = self._cross(states).chunk(2 * layers, dim=-1)
         split = [split_heads(part, heads) for part in parts]
         return list(zip(split[::2], split[1::2], strict=True))
@@ -250,6 +261,17 @@ class ResidentModel(Generic[ModelT]):
         if batch.owners == list(range(first, first + number)):
             return values[first : first + number]
         return values.index_select(0, torch.tensor(batch.owners, device=values.device))
+
+    def memory_of_groups(self, encoded: ImageStates, batch: TextBatch, queries: int) -> Memory:
+        """What the groups look at, where each has so many `queries` in all: states, or keys and values of them.
+
+        Which one is less work follows from the shapes alone, so a row's neighbours do not change its arithmetic.
+        """
+        text = self.model.config.text_config
+        _, seen, width = encoded.blocks[0].shape
+        if absorbing_pays(queries, seen, width, text.hidden_size, text.num_attention_heads):
+            return Memory(self.of_groups(encoded.states, batch))
+        return Memory(None, None, self.keys_of_groups(encoded.keys, batch))
 
     def keys_of_groups(self, keys: CrossKeys, batch: TextBatch) -> CrossKeys:
         """Keys and values (groups, heads, S, hs) per layer of what each group is about."""

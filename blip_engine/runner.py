@@ -11,7 +11,6 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .cache import CrossKeys
 from .cleaning import clean_caption, clean_question
 from .errors import InputError
 from .generation import Generated, Memory, Prompt, generate
@@ -51,7 +50,7 @@ class _Stage:
     batch: Sequence[Prepared]
     encoded: ImageStates
     texts: TextBatch
-    cross: CrossKeys  # of the image of every group
+    image: Memory  # that of every group
 
     @property
     def options(self) -> Options:
@@ -113,8 +112,9 @@ class Runner(ABC, Generic[ModelT]):
         rows = [tokens for entry in batch for tokens in entry.tokens]
         results: dict[int, Result] = {}
         for texts in self.resident.text_batches(rows, owners, left=self.pads_left):
-            cross = self.resident.keys_of_groups(encoded.cross, texts)
-            results.update(zip(texts.texts, self._run_texts(_Stage(batch, encoded, texts, cross)), strict=True))
+            queries = self._queries(texts, batch[0].request.options)
+            stage = _Stage(batch, encoded, texts, self.resident.memory_of_groups(encoded, texts, queries))
+            results.update(zip(texts.texts, self._run_texts(stage), strict=True))
         flat = (results[index] for index in range(len(rows)))
         return [list(islice(flat, len(entry.tokens))) for entry in batch]
 
@@ -123,6 +123,20 @@ class Runner(ABC, Generic[ModelT]):
         self.resident.shapes = shapes
 
     pads_left = False
+
+    def _queries(self, texts: TextBatch, options: Options) -> int:
+        """How often the texts of a group look at their image in a layer, at most."""
+        looks = texts.ids.shape[1]
+        if self.pads_left and isinstance(options, GenerationOptions):  # a decoder's prompt; the last token is not read
+            looks += max(options.num_beams, options.num_return_sequences) * (options.max_new_tokens - 1)
+        return texts.size * looks
+
+    def _read(self, ids: Tensor, mask: Tensor, image: Memory) -> Tensor:
+        """States (B, T, width) of texts that the text encoder reads, looking at their image."""
+        encoder = self.resident.attending_text()
+        cache = None if image.keys is None else encoder.new_cache(0, image.keys)
+        found: Tensor = encoder(ids, mask, encoder_hidden_states=image.states, past_key_values=cache).last_hidden_state
+        return found
 
     @abstractmethod
     def _run_texts(self, stage: _Stage) -> Sequence[Result]:
@@ -173,7 +187,7 @@ class CaptionRunner(_Generating[BlipForConditionalGeneration]):
     def _run_texts(self, stage: _Stage) -> Sequence[Result]:
         texts = stage.texts
         prompt = Prompt(texts.ids, texts.mask if texts.ids.shape[1] > 1 else None)
-        generated = self._generate(prompt, Memory(None, None, stage.cross), stage)
+        generated = self._generate(prompt, stage.image, stage)
         return [
             self._caption(prompt_ids, hypotheses)
             for prompt_ids, hypotheses in zip(texts.tokens, texts.listed(_hypotheses(generated)), strict=True)
@@ -199,9 +213,8 @@ class AnswerRunner(_Generating[BlipForQuestionAnswering]):
         return [[self._text_config.bos_token_id, *row[1:]] for row in rows]
 
     def _run_texts(self, stage: _Stage) -> Sequence[Result]:
-        encoder, texts, options = self.resident.model.text_encoder, stage.texts, stage.options
-        ids, cache = self._opened(texts, options), encoder.new_cache(0, stage.cross)
-        memory = Memory(encoder(ids, texts.mask, past_key_values=cache).last_hidden_state, texts.mask)
+        texts = stage.texts
+        memory = Memory(self._read(self._opened(texts, stage.options), texts.mask, stage.image), texts.mask)
         if stage.batch[0].candidates:
             return self._choose(memory, stage)
         bos = torch.full((len(texts.ids), 1), self._text_config.bos_token_id, device=self.resident.device)
@@ -267,11 +280,9 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
 
     def _run_texts(self, stage: _Stage) -> Sequence[Result]:
         model, texts = self.resident.model, stage.texts
-        cache = model.text_encoder.new_cache(0, stage.cross)
-        ids = self._opened(texts, stage.options)
-        fused = model.text_encoder(ids, texts.mask, past_key_values=cache).last_hidden_state
+        fused = self._read(self._opened(texts, stage.options), texts.mask, stage.image)
         logits = model.itm_head(fused[:, 0]).float()
-        first = self.resident.of_groups(stage.encoded.first, texts)
+        first = self.resident.of_groups(stage.encoded.states[:, :1], texts)
         images = model.project_image(first).float().repeat_interleave(texts.size, 0)
         similarity = (images * self._project_texts(texts)).sum(-1)
         columns = logits.softmax(-1)[:, 1], similarity, logits[:, 1]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .absorption import Absorbed
 from .attention import attend, merge_heads, split_heads
 from .cache import DecoderCache
 from .config import BlipTextConfig
@@ -74,6 +75,7 @@ class BlipTextSelfAttention(nn.Module):
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(source_width, config.hidden_size)
         self.value = nn.Linear(source_width, config.hidden_size)
+        self.absorbed: Absorbed | None = None  # set by a resident model, for few queries on many states
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of (B, S, source width) states, (B, heads, S, hs) each."""
@@ -87,16 +89,29 @@ class BlipTextSelfAttention(nn.Module):
         Keys of fewer rows than `states` are shared by `rows / key rows` neighbouring rows, the hypotheses of an image:
         they become further queries on them.
         """
-        query = split_heads(self.query(states), self.heads)  # (B, heads, T, hs)
-        rows, _, length, _ = query.shape
-        shared = rows // key.shape[0]
-        if shared > 1:  # (images * shared, heads, T, hs) -> (images, heads, shared * T, hs)
-            query = query.unflatten(0, (-1, shared)).transpose(1, 2).flatten(2, 3)
+        query = self._queries(states, len(key))
         dropout = self.dropout if self.training else 0.0
         context, probabilities = attend(query, key, value, mask, dropout, weights)
-        if shared > 1:
-            context = context.unflatten(2, (shared, length)).transpose(1, 2).flatten(0, 1)
-        return merge_heads(context), probabilities
+        return self._contexts(context, states), probabilities
+
+    def look(self, states: Tensor, seen: Tensor) -> Tensor:
+        """`forward` with the absorbed projections: (B, T, width) states look at (images, S, source width) ones."""
+        if self.absorbed is None:
+            raise ValueError("this layer's projections are not absorbed")
+        return self._contexts(self.absorbed.attend(self._queries(states, len(seen)), seen), states)
+
+    def _queries(self, states: Tensor, images: int) -> Tensor:
+        """(images, heads, shared * T, hs) of (images * shared, T, width) states."""
+        query = split_heads(self.query(states), self.heads)  # (B, heads, T, hs)
+        if len(states) == images:
+            return query
+        return query.unflatten(0, (images, -1)).transpose(1, 2).flatten(2, 3)
+
+    def _contexts(self, context: Tensor, states: Tensor) -> Tensor:
+        """The way back: (images * shared, T, width), where `states` have that many rows and tokens."""
+        if len(context) != len(states):
+            context = context.unflatten(2, (-1, states.shape[1])).transpose(1, 2).flatten(0, 1)
+        return merge_heads(context)
 
 
 class BlipTextSelfOutput(nn.Module):
@@ -158,9 +173,17 @@ class BlipTextLayer(nn.Module):
         states, attention = self.attention(states, key, value, source.mask, source.weights)
         cross = None
         if source.crosses:
-            key, value = self._cross_keys(source)
-            states, cross = self.crossattention(states, key, value, source.encoder_mask, source.weights)
+            states, cross = self._cross(states, source)
         return self.output(self.intermediate(states), states), attention, cross
+
+    def _cross(self, states: Tensor, source: Source) -> tuple[Tensor, Tensor | None]:
+        attention = self.crossattention
+        held = source.cache is not None and source.cache.cross[self.index] is not None
+        if attention.self.absorbed is not None and not held and source.encoder_states is not None:
+            return attention.output(attention.self.look(states, source.encoder_states), states), None
+        key, value = self._cross_keys(source)
+        found: tuple[Tensor, Tensor | None] = attention(states, key, value, source.encoder_mask, source.weights)
+        return found
 
     def _cross_keys(self, source: Source) -> tuple[Tensor, Tensor]:
         if source.cache is not None and (held := source.cache.cross[self.index]) is not None:

@@ -1,0 +1,290 @@
+{{- define "blip.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 30 | trimSuffix "-" }}
+{{- end }}
+
+{{/* Short, because a pool's name is added and a label holds 63 characters. */}}
+{{- define "blip.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 30 | trimSuffix "-" }}
+{{- else }}
+{{- $name := include "blip.name" . }}
+{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 30 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{/* Of (dict "root" $ "component" "worker" "pool" "large"): what selects pods; never changes. */}}
+{{- define "blip.selector" -}}
+app.kubernetes.io/name: {{ include "blip.name" .root }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- with .pool }}
+blip-batch/pool: {{ . }}
+{{- end }}
+{{- end }}
+
+{{- define "blip.labels" -}}
+{{ include "blip.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: blip-batch
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Of (dict "root" $ "image" .Values.image.worker): a digest wins over the tag. */}}
+{{- define "blip.image" -}}
+{{- if .image.digest -}}
+{{ .image.repository }}@{{ .image.digest }}
+{{- else -}}
+{{ .image.repository }}:{{ .image.tag | default .root.Chart.AppVersion }}
+{{- end }}
+{{- end }}
+
+{{- define "blip.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* A pool with workerDefaults below it, as JSON. Of (dict "root" $ "pool" $pool). */}}
+{{- define "blip.pool" -}}
+{{- mustMergeOverwrite (deepCopy .root.Values.workerDefaults) (deepCopy (.pool | default dict)) | toJson }}
+{{- end }}
+
+{{/* Pools that are served, as a JSON object of whole pools; `default: null` removes one. */}}
+{{- define "blip.pools" -}}
+{{- $pools := dict }}
+{{- range $name, $pool := .Values.workerPools }}
+{{- if not (kindIs "invalid" $pool) }}
+{{- $_ := set $pools $name (include "blip.pool" (dict "root" $ "pool" $pool) | fromJson) }}
+{{- end }}
+{{- end }}
+{{- $pools | toJson }}
+{{- end }}
+
+{{- define "blip.podSecurity" -}}
+runAsNonRoot: true
+{{ toYaml .Values.podSecurityContext }}
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "blip.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities:
+  drop: [ALL]
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "blip.serviceAccount" -}}
+{{- $account := index .root.Values.serviceAccounts .component }}
+{{- if $account.name }}
+{{- $account.name }}
+{{- else if $account.create }}
+{{- printf "%s-%s" (include "blip.fullname" .root) .component }}
+{{- else -}}
+default
+{{- end }}
+{{- end }}
+
+{{- define "blip.redisSecret" -}}
+{{- .Values.redis.existingSecret | default (printf "%s-redis" (include "blip.fullname" .)) }}
+{{- end }}
+
+{{- define "blip.apiSecret" -}}
+{{- .Values.api.existingSecret | default (printf "%s-api" (include "blip.fullname" .)) }}
+{{- end }}
+
+{{- define "blip.apiUrl" -}}
+http://{{ include "blip.fullname" . }}-orchestrator.{{ .Release.Namespace }}.svc:{{ .Values.api.port }}
+{{- end }}
+
+{{- define "blip.secretEnv" -}}
+- name: {{ .name }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ .secret }}
+      key: {{ .key }}
+{{- end }}
+
+{{/* Whole numbers as they were written: YAML made floats of them. */}}
+{{- define "blip.text" -}}
+{{- if and (kindIs "float64" .) (eq (floor .) .) }}{{ int64 . }}{{ else }}{{ . }}{{ end }}
+{{- end }}
+
+{{/* Of (dict "root" $ "settings" pool-or-orchestrator settings): what both kinds of process have. */}}
+{{- define "blip.env" -}}
+{{- $values := .root.Values }}
+{{ include "blip.secretEnv" (dict "name" "BLIP_REDIS_URL" "secret" (include "blip.redisSecret" .root) "key" $values.redis.urlKey) }}
+{{- with $values.s3.existingSecret }}
+{{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
+{{ include "blip.secretEnv" (dict "name" . "secret" $values.s3.existingSecret "key" .) }}
+{{- end }}
+{{- end }}
+{{- with $values.s3.region }}
+- name: AWS_REGION
+  value: {{ . | quote }}
+{{- end }}
+{{- with $values.s3.endpointUrl }}
+- name: AWS_ENDPOINT_URL_S3
+  value: {{ . | quote }}
+{{- end }}
+{{- range $name, $value := mustMergeOverwrite (deepCopy $values.settings) (deepCopy .settings) }}
+- name: {{ $name }}
+  value: {{ include "blip.text" $value | quote }}
+{{- end }}
+{{- end }}
+
+{{- define "blip.redisCaMount" -}}
+{{- if .Values.redis.caSecret }}
+- name: redis-ca
+  mountPath: /etc/blip/redis
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "blip.redisCaVolume" -}}
+{{- with .Values.redis.caSecret }}
+- name: redis-ca
+  secret:
+    secretName: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* Of (dict "root" $ "of" pool-or-orchestrator "labels" selector): where pods go. */}}
+{{- define "blip.placement" -}}
+{{- with .nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .of.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .of.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .of.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+topologySpreadConstraints:
+{{- if .of.topologySpreadConstraints }}
+  {{- toYaml .of.topologySpreadConstraints | nindent 2 }}
+{{- else }}
+{{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- $.labels | nindent 8 }}
+    matchLabelKeys: [pod-template-hash]
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "blip.disruption" -}}
+{{- if .budget.enabled }}
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: {{ .name }}
+  labels:
+    {{- .labels | nindent 4 }}
+spec:
+  maxUnavailable: {{ .budget.maxUnavailable }}
+  selector:
+    matchLabels:
+      {{- .selector | nindent 6 }}
+{{- end }}
+{{- end }}
+
+{{/* Where checkpoints come from and are kept. */}}
+{{- define "blip.hubEnv" -}}
+- name: HF_HOME
+  value: /models
+{{- with .Values.hub.endpoint }}
+- name: HF_ENDPOINT
+  value: {{ . | quote }}
+{{- end }}
+{{- if .Values.hub.offline }}
+- name: HF_HUB_OFFLINE
+  value: "1"
+{{- end }}
+{{- with .Values.hub.existingSecret }}
+{{ include "blip.secretEnv" (dict "name" "HF_TOKEN" "secret" . "key" $.Values.hub.tokenKey) }}
+{{- end }}
+{{- end }}
+
+{{/* Up at once; down slowly, because a worker that comes back has to load its models again. */}}
+{{- define "blip.scaling" -}}
+scaleUp:
+  stabilizationWindowSeconds: 0
+  policies:
+    - { type: Percent, value: 100, periodSeconds: 15 }
+    - { type: Pods, value: 8, periodSeconds: 15 }
+scaleDown:
+  stabilizationWindowSeconds: {{ .scaleDownSeconds }}
+  policies:
+    - { type: Percent, value: 50, periodSeconds: 60 }
+    - { type: Pods, value: 4, periodSeconds: 60 }
+{{- end }}
+
+{{/* redis.conf, but for the password. */}}
+{{- define "blip.redisConfig" -}}
+# Work in progress must never be evicted: Redis refuses writes when it is full, and the orchestrator pauses before that.
+maxmemory {{ .Values.redis.maxMemory }}
+maxmemory-policy noeviction
+appendonly yes
+appendfsync everysec
+save ""
+dir /data
+protected-mode yes
+{{- end }}
+
+{{/* Egress of orchestrators and workers: names, storage and the hub, Redis. */}}
+{{- define "blip.outside" -}}
+{{- $values := .Values.networkPolicy }}
+- to:
+    {{- toYaml $values.dns | nindent 4 }}
+  ports:
+    - { protocol: UDP, port: 53 }
+    - { protocol: TCP, port: 53 }
+- to:
+    - ipBlock:
+        cidr: 0.0.0.0/0
+        {{- with $values.exceptCidrs }}
+        except:
+          {{- toYaml . | nindent 10 }}
+        {{- end }}
+  ports:
+    {{- range $values.internetPorts }}
+    - { protocol: TCP, port: {{ . }} }
+    {{- end }}
+- ports:
+    {{- range $values.redisPorts }}
+    - { protocol: TCP, port: {{ . }} }
+    {{- end }}
+  {{- if .Values.redis.enabled }}
+  to:
+    - podSelector:
+        matchLabels:
+          {{- include "blip.selector" (dict "root" . "component" "redis") | nindent 10 }}
+  {{- else if $values.redisPeers }}
+  to:
+    {{- toYaml $values.redisPeers | nindent 4 }}
+  {{- end }}
+{{- with $values.extraEgress }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}

@@ -22,19 +22,27 @@ blip-batch/pool: {{ . }}
 {{- end }}
 {{- end }}
 
-{{- define "blip.labels" -}}
+{{/* Of pods: without versions, so that a new chart with the same images restarts no worker. */}}
+{{- define "blip.podLabels" -}}
 {{ include "blip.selector" . }}
-app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/part-of: blip-batch
-app.kubernetes.io/managed-by: {{ .root.Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- with .root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
 {{- end }}
 
+{{- define "blip.labels" -}}
+{{ include "blip.podLabels" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end }}
+
 {{/* Of (dict "root" $ "image" .Values.image.worker): a digest wins over the tag. */}}
 {{- define "blip.image" -}}
+{{- if and (eq (toString .image.tag) "latest") (not .image.digest) }}
+{{- fail (printf "image %s: `latest` is no version; name a tag or a digest" .image.repository) }}
+{{- end }}
 {{- if .image.digest -}}
 {{ .image.repository }}@{{ .image.digest }}
 {{- else -}}

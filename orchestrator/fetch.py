@@ -81,7 +81,7 @@ def fetch(location: str, max_bytes: int, timeout: float) -> bytes:
     """
     if not is_s3(location):
         return _read_file(location, max_bytes)
-    from .s3 import fetch_object  # noqa: PLC0415 -- local jobs never load boto3
+    from .s3_images import fetch_object  # noqa: PLC0415 -- local jobs never load boto3
 
     return fetch_object(location, max_bytes, timeout)
 

@@ -1,10 +1,8 @@
 """The S3 side of `storage`: boto3, one retry policy, and conditional writes."""
 
 import base64
-import contextlib
 import hashlib
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,17 +17,15 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionError,  # noqa: A004 -- botocore's own
-    ConnectTimeoutError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
-    ReadTimeoutError,
 )
 
-from .errors import AccessDenied, FetchError, ObjectChanged, ObjectNotFound, StorageError, StoreUnavailable
+from .errors import AccessDenied, ObjectChanged, ObjectNotFound, StorageError, StoreUnavailable
 from .settings import Settings
-from .storage import ObjectInfo, Store, split_s3
+from .storage import ObjectInfo, Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -195,45 +191,3 @@ def _as_storage_error(uri: str, error: BaseException | None) -> StorageError:
 
 def _status(error: ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-_FETCH_CODES: Final[Mapping[type[StorageError], str]] = {
-    ObjectNotFound: "image_not_found",
-    AccessDenied: "access_denied",
-}
-
-
-#: How S3 Batch Operations' third column is carried in an image's URI.
-_VERSION: Final = re.compile(r"\?versionId=([^?&/]+)$")
-
-
-def fetch_object(uri: str, max_bytes: int, timeout: float) -> bytes:
-    """An image's bytes, of a version where `?versionId=` ends the URI; see `fetch.fetch`."""
-    bucket, key = split_s3(uri)
-    wanted: dict[str, Any] = {"Bucket": bucket, "Key": key}
-    if version := _VERSION.search(key):
-        wanted |= {"Key": key[: version.start()], "VersionId": version[1]}
-    client = s3_client(max(0.5, timeout / 3))  # so that three tries fit
-    deadline = time.monotonic() + timeout
-
-    def read() -> bytes:
-        answer = client.get_object(**wanted)
-        size = answer["ContentLength"]
-        with contextlib.closing(answer["Body"]) as body:
-            if size > max_bytes:
-                raise FetchError("image_too_large", f"{uri} has {size} bytes; the limit is {max_bytes}")
-            data = bytearray()
-            while block := body.read(2**18):
-                data += block
-                if time.monotonic() > deadline:
-                    raise FetchError("fetch_timeout", f"{uri}: not there within {timeout:g} s")
-        if len(data) != size:
-            raise IncompleteReadError(actual_bytes=len(data), expected_bytes=size)
-        return bytes(data)
-
-    try:
-        return retrying(uri, read, timeout)
-    except StorageError as error:
-        timed_out = isinstance(error.__cause__, ConnectTimeoutError | ReadTimeoutError)
-        code = _FETCH_CODES.get(type(error), "fetch_timeout" if timed_out else "fetch_failed")
-        raise FetchError(code, str(error)) from error

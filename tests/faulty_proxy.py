@@ -24,6 +24,7 @@ class FaultyProxy:
         self.always: Fault = "pass"
         self.methods = {"GET", "PUT", "HEAD"}
         self.seen: list[str] = []  # methods, in order
+        self.connections = 0
         self.requests: list[tuple[str, str]] = []  # methods and paths, in order
         self.released = threading.Event()  # ends all hangs
         proxy = self
@@ -110,6 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def handle(self) -> None:
+        self.owner.connections += 1
         try:
             super().handle()
         except OSError:  # the client hung up, or `reset` did

@@ -1,6 +1,6 @@
 """Settings: environment variables `BLIP_*`, each documented here. Command-line flags win over them."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -24,6 +24,11 @@ class Settings(BaseSettings):
     max_attempts: int = Field(default=6, ge=1)  # starts of a chunk, before its unfinished rows get error records
 
     price_per_worker_hour: float | None = Field(default=None, ge=0)  # for the estimated cost of a job; unset: none
+
+    # What is told of the processes.
+    log_format: Literal["auto", "json", "text"] = "auto"  # auto: text on a terminal, JSON otherwise
+    metrics_host: str = "127.0.0.1"  # the address on which a worker answers /metrics, /healthz and /readyz
+    metrics_port: int = Field(default=0, ge=0, le=65_535)  # 0: it does not
 
     # What a manifest may point to.
     # Buckets ("photos") or prefixes ("photos/2024/") that rows may name as s3:// images, comma-separated; "*" is any.

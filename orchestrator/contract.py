@@ -226,6 +226,7 @@ class JobState:
     completed_at: float | None = None
     failed_at: float | None = None
     cancelled_at: float | None = None
+    progress_at: float | None = field(default=None, compare=False)  # when a row was last seen to be done
     error: dict[str, str] | None = None  # {code, message} of a failed job
     model: dict[str, Any] | None = None  # what workers reported: revision, weights_sha256, …
 

@@ -223,11 +223,14 @@ class Controller:
             part = describe(plan.store, part_key(chunk, work.number, plan.results))
             if part is None:
                 lost.append(chunk)
-            else:
-                self.ledger.mark(job, this.epoch, plan.hash, [_counts(part)], work.number)
+            elif self.ledger.mark(job, this.epoch, plan.hash, [_counts(part)], work.number):
+                self.ledger.add_total("found", 1)
+                self.ledger.add_total("rows_done", part.rows)
         if lost:
             log.warning("%s: %d chunks lost their worker or hint; handing them out again", job, len(lost))
-            self._publish(spec, work, this, self.ledger.requeue(job, this.epoch, lost))
+            again = self.ledger.requeue(job, this.epoch, lost)
+            self._publish(spec, work, this, again)
+            self.ledger.add_total("requeued", len(again))
 
     def _in_background(self, spec: JobSpec, epoch: str, task: Callable[[JobSpec, str], None]) -> None:
         """Starts the job's slow task unless it runs: reading may take minutes, and the lead must be kept."""

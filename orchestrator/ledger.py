@@ -13,6 +13,7 @@ and timed by Redis's own clock. Keys, for a job <id>:
                                      chunks_done, completed, failed, restored (rows), fence (last one given),
                                      error (JSON), model (JSON), weights (sha256), <status>_at (ms), round,
                                      rate, rate_weight, rate_rows, rate_at (ms): rows/s as a moving average,
+                                     progress_at (ms): when rows were last seen to be more than before,
                                      worker_seconds (spent on it)
     blip:job:<id>:done         BITMAP  a bit per chunk: its part is in storage and counted
     blip:job:<id>:inflight     ZSET  chunk -> deadline (ms): handed out, leased or not; overdue ones are looked after
@@ -23,10 +24,12 @@ and timed by Redis's own clock. Keys, for a job <id>:
     blip:job:<id>:blame        HASH  "chunk:row" -> workers that died at this row
     blip:job:<id>:codes        HASH  error code -> rows
     blip:speeds                HASH  "task model" -> rows/s of one lease
+    blip:totals                HASH  rows_done (by commits), requeued, found (chunks): counters of all jobs
     blip                       LIST  the Celery queue (`broker`); only its length is read here
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +138,22 @@ class Ledger:
         """Ids, in order of creation."""
         return list(self._ask(lambda: self._redis.zrange("blip:jobs", 0, -1)))
 
+    def statuses(self) -> Counter[str]:
+        """How many of the known jobs are in each status."""
+        jobs = self.jobs()
+        pipeline = self._redis.pipeline(transaction=False)
+        for job in jobs:
+            pipeline.hget(_key(job), "status")
+        return Counter(filter(None, self._ask(pipeline.execute)))
+
+    def totals(self) -> dict[str, int]:
+        """Counters of all jobs since Redis was last empty."""
+        return {name: int(count) for name, count in self._ask(lambda: self._redis.hgetall("blip:totals")).items()}
+
+    def add_total(self, name: str, count: int) -> None:
+        """For metrics only: may count twice when it is called again after RedisUnavailable."""
+        self._ask(lambda: self._redis.hincrby("blip:totals", name, count))
+
     def active_jobs(self) -> list[str]:
         """Ids of jobs that have not ended, sorted."""
         return sorted(self._ask(lambda: self._redis.smembers("blip:active")))
@@ -234,10 +253,10 @@ class Ledger:
 
     def mark(
         self, job: str, epoch: str, plan: str, done: Iterable[tuple[int, int, int, str]], round_number: int = 0
-    ) -> None:
-        """Counts (chunk, completed, failed, codes) of parts of the round that were found in storage."""
+    ) -> int:
+        """Counts (chunk, completed, failed, codes) of parts of the round found in storage; how many are new."""
         flat = (value for part in done for value in part)
-        self._fresh(self._run("mark", job, epoch, plan, round_number, *flat))
+        return int(self._fresh(self._run("mark", job, epoch, plan, round_number, *flat)))
 
     def measure(self, job: str, epoch: str, seconds: float, slots: float, key: str) -> None:
         """Takes the job's speed, at most once a second, averaged over about `seconds`; see `speed` for `key`."""
@@ -313,5 +332,5 @@ def _rate(fields: Mapping[str, str]) -> float | None:
 
 
 _TIMES: Final = frozenset(
-    {"created_at", "in_progress_at", "finalizing_at", "completed_at", "failed_at", "cancelled_at"}
+    {"created_at", "in_progress_at", "finalizing_at", "completed_at", "failed_at", "cancelled_at", "progress_at"}
 )

@@ -12,11 +12,12 @@ for _, chunk in ipairs(redis.call('HKEYS', job .. ':leases')) do
   end
 end
 if not meta[3] then
-  redis.call('HSET', job, 'rate_at', now, 'rate_rows', rows, 'rate', 0, 'rate_weight', 0)
+  redis.call('HSET', job, 'progress_at', now, 'rate_at', now, 'rate_rows', rows, 'rate', 0, 'rate_weight', 0)
   return 1
 end
 local passed = (now - meta[3]) / 1000
 if passed < 1 then return 0 end
+if rows > tonumber(meta[4]) then redis.call('HSET', job, 'progress_at', now) end
 local new, share = math.max(0, rows - meta[4]) / passed, 1 - math.exp(-passed / ARGV[3])
 local function average(old) return string.format('%.6f', old * (1 - share) + new * share) end
 redis.call('HSET', job, 'rate_at', now, 'rate_rows', rows, 'rate', average(meta[5]),

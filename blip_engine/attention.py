@@ -10,6 +10,9 @@ from torch.nn import functional as F
 #: Whether plain products beat the fused kernel, by device type and number type, as `measure_products` found it
 _PRODUCTS: dict[tuple[str, torch.dtype], bool] = {}
 _CLEARLY = 1.2  # times as fast: noise must not decide, for both round differently
+#: Scores made at once where nobody asks for them: more of them leave a processor's cache before the softmax and the
+#: second product have read them, which cost a seventh of the vision tower's attention.
+_AT_ONCE = 2_000_000
 
 
 def attend(
@@ -23,6 +26,8 @@ def attend(
     plain = weights or _learns(mask, query, key, value) or _PRODUCTS.get((query.device.type, query.dtype), False)
     if not plain:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
+    if mask is None and not weights and not dropout:
+        return _in_parts(query, key, value), None
     probabilities = _scores(query, key, mask).softmax(dim=-1)
     kept = F.dropout(probabilities, dropout) if dropout else probabilities
     return kept @ value, probabilities if weights else None
@@ -30,12 +35,18 @@ def attend(
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """(B, heads, T, S), scaled and masked."""
-    if mask is not None:
-        return (query @ key.transpose(-1, -2)).mul_(query.shape[-1] ** -0.5) + mask
-    rows, keys = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
+    scores = (query @ key.transpose(-1, -2)).mul_(query.shape[-1] ** -0.5)
+    return scores if mask is None else scores + mask
+
+
+def _in_parts(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The context, a few heads after the other."""
+    heads = max(1, _AT_ONCE // (query.shape[2] * key.shape[2]))
+    parts = zip(*(states.flatten(0, 1).split(heads) for states in (query, key, value)), strict=True)
     unread = query.new_empty(1, 1, 1)  # beta is 0. So the product is scaled on its way out, not in a further pass
-    scores = torch.baddbmm(unread, rows, keys, beta=0, alpha=query.shape[-1] ** -0.5)
-    return scores.unflatten(0, query.shape[:2])
+    scale = query.shape[-1] ** -0.5
+    contexts = [torch.baddbmm(unread, q, k.transpose(1, 2), beta=0, alpha=scale).softmax(-1) @ v for q, k, v in parts]
+    return (torch.cat(contexts) if len(contexts) > 1 else contexts[0]).unflatten(0, query.shape[:2])
 
 
 @torch.inference_mode()

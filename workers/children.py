@@ -69,7 +69,10 @@ def _run(parent: int, target: Callable[..., None], pipe: Connection, args: tuple
 
 
 class Supervisor:
-    """A thread that owns children. Subclasses fill in `_open`, `_readable`, `_tick`, `_shut`; others use `_call`."""
+    """A thread that owns children.
+
+    Subclasses fill in `_open`, `_readable`, `_pump`, `_tick`, `_shut`; others use `_call`.
+    """
 
     #: Seconds between two `_tick`s when nothing happens.
     TICK: Final = 0.25
@@ -123,6 +126,7 @@ class Supervisor:
                 self._run_calls()
             else:
                 self._readable(key.data)
+        self._pump()
 
     def _call(self, function: Callable[[], None]) -> None:
         """Have `function` run in the supervisor's thread, soon."""
@@ -153,6 +157,10 @@ class Supervisor:
         raise NotImplementedError
 
     def _readable(self, owner: Any) -> None:
+        raise NotImplementedError
+
+    def _pump(self) -> None:
+        """Send what has gathered: after every round of calls and answers."""
         raise NotImplementedError
 
     def _tick(self, now: float) -> None:

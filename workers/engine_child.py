@@ -1,17 +1,19 @@
 """Inside the engine process: it owns the device, and answers loads and runs that come through its pipe.
 
-In: `Load`, or `(id, Run)`. Out: `("ready", None)` or `("broken", why)` once; then `("loaded", (name, Checkpoint))`,
-`("refused", (name, why))`, `("done", (id, results))`, `("failed", (id, code, why))`, where the code is one of the
-records' or UNEXPECTED: perhaps a batch-mate's fault, so the run is worth another try alone.
+In: `Load`, or a list of `(id, Run)`. Out: lists of `("ready", None)` or `("broken", why)` once; then `("loaded", (name,
+Checkpoint))`, `("refused", (name, why))`, `("done", (id, results))`, `("failed", (id, code, why))`, where the code is
+one of the records' or UNEXPECTED: perhaps a batch-mate's fault, so the run is worth another try alone.
 """
 
 import logging
 import os
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from blip_engine.errors import BlipError, InputError
@@ -24,6 +26,7 @@ from .slots import Slots
 _log = logging.getLogger(__name__)
 
 UNEXPECTED: Final = "unexpected"
+_MOST_TOGETHER: Final = 64  # answers in a message
 STICKY_EXIT: Final = 75  # the device is unusable for this process from now on
 
 
@@ -35,7 +38,8 @@ def engine_main(pipe: Connection, slots: Slots, factory: str, device: str, preci
         engine = getattr(import_module(module), name)(device=device, precision=precision)
     except Exception as error:
         hint = "; install blip-batch[worker]" if isinstance(error, ImportError) else ""
-        pipe.send(("broken", f"{error}{hint}" if isinstance(error, BlipError | ImportError) else repr(error)))
+        why = f"{error}{hint}" if isinstance(error, BlipError | ImportError) else repr(error)
+        pipe.send([("broken", why)])
         return
     _Server(pipe, slots, engine).serve()
 
@@ -43,20 +47,31 @@ def engine_main(pipe: Connection, slots: Slots, factory: str, device: str, preci
 class _Server:
     def __init__(self, pipe: Connection, slots: Slots, engine: Any) -> None:
         self._pipe, self._slots, self._engine = pipe, slots, engine
-        self._sending = threading.Lock()  # answers come from the engine's own threads
+        self._answers: SimpleQueue[tuple[str, object]] = SimpleQueue()  # from the engine's own threads
 
     def serve(self) -> None:
+        threading.Thread(target=self._send_answers, name="answers", daemon=True).start()
         self._send("ready", None)
         while True:
             message = self._pipe.recv()
             if isinstance(message, Load):
                 self._load(message)
-            else:
-                self._run(*message)
+                continue
+            for run_id, run in message:
+                self._run(run_id, run)
 
     def _send(self, kind: str, content: object) -> None:
-        with self._sending:
-            self._pipe.send((kind, content))
+        self._answers.put((kind, content))
+
+    def _send_answers(self) -> None:
+        """All that are there in one message: a batch's come at once, and waking the parent costs more than a result."""
+        with suppress(OSError):  # the parent is gone
+            while True:
+                together = [self._answers.get()]
+                with suppress(Empty):
+                    while len(together) < _MOST_TOGETHER:
+                        together.append(self._answers.get_nowait())
+                self._pipe.send(together)
 
     def _load(self, load: Load) -> None:
         try:
@@ -71,8 +86,8 @@ class _Server:
             self._send("refused", (load.name, f"cannot load model {load.model!r}: {_line(error)}"))
 
     def _run(self, run_id: int, run: Run) -> None:
-        pixels = self._slots.pixels(run.slot, run.size).copy()  # the slot may be refilled while the batch still runs
         try:
+            pixels = self._slots.pixels(run.slot, run.size)  # not refilled before the answer
             request = Request(run.model, run.task, pixels, run.texts, run.options, run.candidates, run.judge)
             future = self._engine.submit(request)
         except Exception as error:

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -103,7 +103,7 @@ class EngineProcess(Supervisor):
     def submit(self, run: Run, replies: "SimpleQueue[tuple[Any, Any]]", token: object) -> None:
         """`(token, list[Result])` or `(token, Failure)` comes through `replies`; after it the slot is free again."""
         job = _Job(run, replies, token)
-        self._call(lambda: self._accept(job))
+        self._call(lambda: self._waiting.append(job))
 
     # Everything below runs in the supervisor's thread.
 
@@ -113,10 +113,6 @@ class EngineProcess(Supervisor):
         self._heard = time.monotonic()
         self._child = Child("blip-engine", engine_main, self._slots, s.factory, s.device, s.precision)
         self._watch(self._child.pipe, self._child)
-
-    def _accept(self, job: _Job) -> None:
-        self._waiting.append(job)
-        self._pump()
 
     def _accept_load(self, load: Load, future: "Future[Checkpoint]") -> None:
         loading = self._loads.setdefault(load.name, _Loading(load))
@@ -137,18 +133,22 @@ class EngineProcess(Supervisor):
         if not self._ready or self._pending_loads or self._alone:
             return
         if not self._suspects:
-            while self._waiting:
-                self._send_job(self._waiting.popleft())
+            self._send_jobs(self._waiting)
+            self._waiting.clear()
         elif not self._held:
             self._alone = True
-            self._send_job(self._suspects.popleft())
+            self._send_jobs([self._suspects.popleft()])
 
-    def _send_job(self, job: _Job) -> None:
+    def _send_jobs(self, jobs: Collection[_Job]) -> None:
+        """In one message, in which what the runs share is pickled once."""
+        if not jobs:
+            return
         if not self._held:
             self._heard = time.monotonic()
-        self._last_id += 1
-        self._held[self._last_id] = job
-        self._send((self._last_id, job.run))
+        numbered = dict(enumerate(jobs, self._last_id + 1))
+        self._last_id += len(jobs)
+        self._held |= numbered
+        self._send([(number, job.run) for number, job in numbered.items()])
 
     def _send(self, message: object) -> None:
         if self._child is not None:
@@ -157,11 +157,15 @@ class EngineProcess(Supervisor):
 
     def _readable(self, owner: Child) -> None:
         try:
-            kind, content = owner.pipe.recv()
+            answers = owner.pipe.recv()
         except (EOFError, OSError):  # it died: what it held is run again or blamed
             self._replace("died", grace=2.0)
             return
         self._heard = time.monotonic()
+        for kind, content in answers:
+            self._answered(kind, content)
+
+    def _answered(self, kind: str, content: Any) -> None:
         if kind in {"done", "failed"}:
             self._settle(kind, *content)
         elif kind in {"loaded", "refused"}:
@@ -174,7 +178,6 @@ class EngineProcess(Supervisor):
             self.started.set()
             for loading in self._loads.values():  # what was resident in its predecessor, and what is asked for anew
                 self._send_load(loading.load)
-        self._pump()
 
     def _settle(self, kind: str, job_id: int, *content: Any) -> None:
         job = self._held.pop(job_id)

@@ -1,6 +1,13 @@
-"""What a loader process does with one image: fetch, decode, resize, put into its slot. Every failure has a code."""
+"""What a loader process does: it fetches images ahead in threads, while this thread decodes and resizes.
 
-from typing import Any
+Every failure of an image has a code. Answers go out several at once where more work waits.
+"""
+
+import threading
+import time
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any, Final
 
 from blip_engine.errors import ImageError
 from blip_engine.images import ImageLimits, decode_image, resized_pixels
@@ -8,21 +15,83 @@ from orchestrator.errors import FetchError
 from orchestrator.fetch import fetch
 
 from .loader import LoaderLimits
-from .messages import Failure
-from .slots import DECODING, Slots
+from .messages import Ask, Failure, Loaded
+from .slots import DECODING, FETCHING, LOADED, Slots
+
+_TOGETHER: Final = 4  # answers in a message, where more work waits
+_QUICK_SECONDS: Final = 0.01  # a decode that took longer is answered at once
 
 
-def load_into(slots: Slots, slot: int, location: Any, size: tuple[int, int], limits: LoaderLimits) -> Failure | None:
-    """Fill `slot` with the image at `location`, resized to `size` (height, width); what went wrong, or None."""
+def fetched(location: Any, limits: LoaderLimits) -> bytes | Failure:
+    """The bytes at `location`, or what went wrong."""
     try:
-        data = fetch(location, limits.max_bytes, limits.fetch_timeout)
-        slots.set_phase(slot, DECODING)
+        return fetch(location, limits.max_bytes, limits.fetch_timeout)
+    except FetchError as error:
+        return Failure(error.code, str(error))
+    except Exception as error:
+        return _failed(error)
+
+
+def decode_into(slots: Slots, slot: int, data: bytes, size: tuple[int, int], limits: LoaderLimits) -> Failure | None:
+    """Fill `slot` with the image in `data`, resized to `size` (height, width); what went wrong, or None."""
+    try:
         image = decode_image(data, ImageLimits(max_bytes=limits.max_bytes, max_pixels=limits.max_pixels))
         slots.pixels(slot, size)[...] = resized_pixels(image, size)
-    except (FetchError, ImageError) as error:
+    except ImageError as error:
         return Failure(error.code, str(error))
-    except MemoryError:
-        return Failure("out_of_memory", "not enough memory to decode the image")
     except Exception as error:
-        return Failure("internal", f"loading failed: {type(error).__name__}: {error}"[:500])
+        return _failed(error)
     return None
+
+
+def _failed(error: Exception) -> Failure:
+    if isinstance(error, MemoryError):
+        return Failure("out_of_memory", "not enough memory to decode the image")
+    return Failure("internal", f"loading failed: {type(error).__name__}: {error}"[:500])
+
+
+class Loads:
+    """The process: `limits.fetches` threads fetch, the one that calls `serve` decodes."""
+
+    def __init__(self, pipe: Connection, slots: Slots, limits: LoaderLimits) -> None:
+        self._pipe, self._slots, self._limits = pipe, slots, limits
+        self._asked: SimpleQueue[Ask] = SimpleQueue()
+        self._fetched: SimpleQueue[tuple[Ask, bytes | Failure, float] | None] = SimpleQueue()  # None: no more come
+
+    def serve(self) -> None:
+        """Returns when the pipe is closed."""
+        for target in [self._read, *[self._fetch] * self._limits.fetches]:
+            threading.Thread(target=target, daemon=True).start()
+        done: list[Loaded] = []
+        while (found := self._fetched.get()) is not None:
+            done.append(self._decode(*found))
+            soon = not self._fetched.empty() and done[-1].decode_seconds < _QUICK_SECONDS
+            if len(done) >= _TOGETHER or not soon:
+                self._pipe.send(done)
+                done = []
+
+    def _read(self) -> None:
+        try:
+            while True:
+                for ask in self._pipe.recv():
+                    self._asked.put(ask)
+        except (EOFError, OSError):  # the parent closed it, or is gone
+            self._fetched.put(None)
+
+    def _fetch(self) -> None:
+        while True:
+            ask = self._asked.get()
+            self._slots.set_phase(ask.slot, FETCHING)
+            started = time.perf_counter()
+            data = fetched(ask.location, self._limits)
+            self._fetched.put((ask, data, time.perf_counter() - started))
+
+    def _decode(self, ask: Ask, data: bytes | Failure, fetch_seconds: float) -> Loaded:
+        if isinstance(data, Failure):
+            self._slots.set_phase(ask.slot, LOADED)
+            return Loaded(ask.slot, data, 0, fetch_seconds)
+        self._slots.set_phase(ask.slot, DECODING)
+        started = time.perf_counter()
+        failure = decode_into(self._slots, ask.slot, data, ask.size, self._limits)
+        self._slots.set_phase(ask.slot, LOADED)
+        return Loaded(ask.slot, failure, len(data), fetch_seconds, time.perf_counter() - started)

@@ -1,7 +1,7 @@
 """Loader processes: they fetch, decode and resize images into shared-memory slots.
 
-One item in a child's hands and one queued behind it. A child that crashes or hangs is killed and replaced; that costs
-exactly the image in its hands: at once if it hung, and at the second crash, for the first may be another's doing (the
+A child fetches several images ahead while it decodes one. One that crashes or hangs is killed and replaced; that costs
+exactly the image it was at: at once if it hung, and at the second crash, for the first may be another's doing (the
 kernel's, when memory runs out). This module is what a loader process imports: neither torch nor celery.
 """
 
@@ -11,18 +11,19 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Final
 
 from .children import Child, Supervisor
-from .messages import Failure
-from .slots import DECODING, FETCHING, Slots
+from .messages import Ask, Failure, Loaded
+from .slots import ASKED, DECODING, FETCHING, Slots
 
 _log = logging.getLogger(__name__)
 
-QUEUED: Final = 2  # items sent to a child: the one in its hands and the next
+_BEHIND: Final = 2  # items sent to a child beside those it may fetch: one to decode, one to fetch next
 _CRASHES: Final = 2  # until the image is to blame
 _DEATHS_AT_START: Final = 5  # in a row: the loaders cannot work at all
 
@@ -34,17 +35,18 @@ class LoaderLimits:
     max_bytes: int  # of the encoded image
     max_pixels: int
     fetch_timeout: float  # seconds, for the storage client
-    hang_timeout: float  # seconds in a child's hands, after which the child is killed
+    hang_timeout: float  # seconds of fetching or decoding it, after which the child is killed
+    fetches: int = 8  # images that a child fetches at once
 
 
 @dataclass(slots=True)
 class _Item:
-    slot: int
-    location: Any  # what orchestrator.storage.fetch takes
-    size: tuple[int, int]
+    ask: Ask
     replies: "SimpleQueue[tuple[Any, Any]]"
     token: object
-    crashes: int = 0  # of loaders that had it in their hands
+    crashes: int = 0  # of loaders that were at it
+    phase: int = ASKED  # as it was seen last
+    since: float = 0.0  # when it was first seen so
 
     def settle(self, outcome: Failure | None) -> None:
         self.replies.put((self.token, outcome))
@@ -54,8 +56,8 @@ class _Item:
 class _Loader:
     child: Child
     ready: bool = False
-    items: deque[_Item] = field(default_factory=deque)
-    since: float = 0.0  # when the first item came into its hands
+    items: dict[int, _Item] = field(default_factory=dict)  # by slot, in the order they were sent
+    since: float = 0.0  # when it last gave a sign of life
 
 
 def loader_count(wanted: int) -> int:
@@ -67,9 +69,18 @@ def loader_count(wanted: int) -> int:
 class LoaderPool(Supervisor):
     """`count` loader processes behind one thread."""
 
-    def __init__(self, count: int, slots: Slots, limits: LoaderLimits, broken: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        count: int,
+        slots: Slots,
+        limits: LoaderLimits,
+        broken: Callable[[str], None],
+        observe: Callable[[Loaded], None] = lambda _: None,
+    ) -> None:
+        """`observe` is told (in the thread) what every image took."""
         super().__init__("loaders", broken)
-        self._count, self._slots, self._limits = count, slots, limits
+        self._count, self._slots, self._limits, self._observe = count, slots, limits, observe
+        self._depth = limits.fetches + _BEHIND
         self._loaders: list[_Loader] = []
         self._backlog: deque[_Item] = deque()
         self._deaths_at_start = 0
@@ -87,8 +98,8 @@ class LoaderPool(Supervisor):
 
         `(token, None)` or `(token, Failure)` then comes through `replies`; after it the slot is the caller's again.
         """
-        item = _Item(slot, location, size, replies, token)
-        self._call(lambda: self._accept(item))
+        item = _Item(Ask(slot, location, size), replies, token)
+        self._call(lambda: self._backlog.append(item))
 
     def pids(self) -> list[int]:
         """The loaders' process ids now."""
@@ -103,24 +114,28 @@ class LoaderPool(Supervisor):
         self._loaders.append(loader)
         self._watch(loader.child.pipe, loader)
 
-    def _accept(self, item: _Item) -> None:
-        self._backlog.append(item)
-        if len(self._backlog) == 1:  # otherwise every loader is full already
-            for depth in range(1, QUEUED + 1):
-                for loader in self._loaders:
-                    self._feed(loader, depth)
-
-    def _feed(self, loader: _Loader, depth: int = QUEUED) -> None:
-        while self._backlog and loader.ready and len(loader.items) < depth:
+    def _pump(self) -> None:
+        """Give what waits to those who have least, in one message each."""
+        given: dict[int, list[_Item]] = {}
+        ready = [loader for loader in self._loaders if loader.ready]
+        while self._backlog and ready:
+            place = min(range(len(ready)), key=lambda n: len(ready[n].items))
+            if len(ready[place].items) >= self._depth:
+                break
             item = self._backlog.popleft()
-            self._slots.set_phase(item.slot, FETCHING)
-            if not loader.items:
-                loader.since = time.monotonic()
-            loader.items.append(item)
-            try:
-                loader.child.pipe.send((item.slot, item.location, item.size))
-            except OSError:  # it died; its end of file is about to be read and settles the item
-                return
+            ready[place].items[item.ask.slot] = item
+            given.setdefault(place, []).append(item)
+        for place, items in given.items():
+            self._give(ready[place], items)
+
+    def _give(self, loader: _Loader, items: list[_Item]) -> None:
+        if len(loader.items) == len(items):  # it had nothing to do
+            loader.since = time.monotonic()
+        for item in items:
+            item.phase = ASKED
+            self._slots.set_phase(item.ask.slot, ASKED)
+        with suppress(OSError):  # it died; its end of file is about to be read and deals with the items
+            loader.child.pipe.send([item.ask for item in items])
 
     def _readable(self, owner: _Loader) -> None:
         try:
@@ -128,12 +143,13 @@ class LoaderPool(Supervisor):
         except (EOFError, OSError):  # the child died: `_replace` settles or keeps its items
             self._replace(owner, "crashed", "the loader process died on this image")
             return
+        owner.since = time.monotonic()
         if not owner.ready:
             self._started(owner, message)
-        elif owner.items:
-            owner.items.popleft().settle(message)
-            owner.since = time.monotonic()
-        self._feed(owner)
+            return
+        for loaded in message:
+            owner.items.pop(loaded.slot).settle(loaded.failure)
+            self._observe(loaded)
 
     def _started(self, loader: _Loader, message: str | None) -> None:
         if message is None:
@@ -142,16 +158,18 @@ class LoaderPool(Supervisor):
         else:
             self._broken(f"a loader process cannot start: {message}")
 
-    def _replace(self, loader: _Loader, code: str, message: str) -> None:
+    def _replace(self, loader: _Loader, code: str, message: str, guilty: _Item | None = None) -> None:
+        """Kill it and start another. `guilty` hung; where none did, the image that it was at may have killed it."""
         self._loaders.remove(loader)
         self._unwatch(loader.child.pipe)
-        ending = loader.child.end(0.2 if code == "crashed" else 0.0)
+        ending = loader.child.end(0.2 if guilty is None else 0.0)
         _log.warning("loader %s replaced (%s): %s", "at work" if loader.items else "idle", ending, message)
-        if loader.items:
-            loader.items[0].crashes += 1
-            if code != "crashed" or loader.items[0].crashes >= _CRASHES:
-                loader.items.popleft().settle(Failure(code, f"{message} ({ending})"))
-        self._backlog.extendleft(reversed(loader.items))
+        suspect = guilty or self._at_hand(loader)
+        if suspect is not None:
+            suspect.crashes += 1
+            if suspect is guilty or suspect.crashes >= _CRASHES:
+                loader.items.pop(suspect.ask.slot).settle(Failure(code, f"{message} ({ending})"))
+        self._backlog.extendleft(reversed(loader.items.values()))
         self._deaths_at_start += not loader.ready
         self.restarts += 1
         if self._deaths_at_start >= _DEATHS_AT_START:
@@ -159,16 +177,30 @@ class LoaderPool(Supervisor):
         elif not self._closing:
             self._spawn()
 
+    def _at_hand(self, loader: _Loader) -> _Item | None:
+        """What it decodes, or else what it has been fetching for longest."""
+        for phase in (DECODING, FETCHING, ASKED):
+            for item in loader.items.values():
+                if self._slots.phase(item.ask.slot) == phase:
+                    return item
+        return None  # all is loaded, only the answers were lost
+
     def _tick(self, now: float) -> None:
         for loader in list(self._loaders):
-            if loader.items and now - loader.since > self._limits.hang_timeout:
-                self._replace(loader, *self._hanging(loader.items[0]))
+            if (item := self._hanging(loader, now)) is not None:
+                decoding = self._slots.phase(item.ask.slot) == DECODING
+                code, what = ("image_unreadable", "decoding") if decoding else ("fetch_timeout", "fetching")
+                self._replace(loader, code, f"{what} took more than {self._limits.hang_timeout:g} seconds", item)
 
-    def _hanging(self, item: _Item) -> tuple[str, str]:
-        seconds = f"{self._limits.hang_timeout:g} seconds"
-        if self._slots.phase(item.slot) == DECODING:
-            return "image_unreadable", f"decoding took more than {seconds}"
-        return "fetch_timeout", f"fetching took more than {seconds}"
+    def _hanging(self, loader: _Loader, now: float) -> _Item | None:
+        """The image that keeps it for too long."""
+        for item in loader.items.values():
+            if (phase := self._slots.phase(item.ask.slot)) != item.phase:
+                item.phase, item.since, loader.since = phase, now, now
+            elif phase in {FETCHING, DECODING} and now - item.since > self._limits.hang_timeout:
+                return item
+        stuck = loader.items and now - loader.since > self._limits.hang_timeout  # it does not even begin
+        return self._at_hand(loader) or next(iter(loader.items.values())) if stuck else None
 
     def _shut(self) -> None:
         for loader in self._loaders:
@@ -177,13 +209,11 @@ class LoaderPool(Supervisor):
 
 
 def loader_main(pipe: Connection, slots: Slots, limits: LoaderLimits) -> None:
-    """The loader process: says `None` when it is ready, then answers each (slot, location, size) in order."""
+    """The loader process: says None when it is ready, then answers lists of Ask with lists of Loaded."""
     try:
-        from .load import load_into  # noqa: PLC0415 - an absent Pillow or numpy becomes one clear line
+        from .load import Loads  # noqa: PLC0415 - an absent Pillow or numpy becomes one clear line
     except ImportError as error:
         pipe.send(f"{error}; install blip-batch[worker]")
         return
     pipe.send(None)
-    while True:
-        slot, location, size = pipe.recv()
-        pipe.send(load_into(slots, slot, location, size, limits))
+    Loads(pipe, slots, limits).serve()

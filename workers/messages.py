@@ -1,6 +1,7 @@
 """What crosses between the worker's processes. Light: a loader imports it, and so does the parent."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from blip_engine.errors import CheckpointError
 from blip_engine.requests import Options, Task
@@ -12,6 +13,24 @@ class Failure:
 
     code: str  # an error code of the records
     message: str  # one line
+
+
+class Ask(NamedTuple):
+    """To a loader: put the image at a location into a slot."""
+
+    slot: int
+    location: Any  # what orchestrator.fetch.fetch takes
+    size: tuple[int, int]  # height, width
+
+
+class Loaded(NamedTuple):
+    """From a loader: what became of an Ask."""
+
+    slot: int
+    failure: Failure | None
+    bytes: int = 0  # fetched
+    fetch_seconds: float = 0.0
+    decode_seconds: float = 0.0  # the resize included
 
 
 @dataclass(frozen=True, slots=True)

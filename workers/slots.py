@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 SLOT_BYTES: Final = 4 << 20  # an RGB image of up to 1182 x 1182
-FETCHING: Final = 0  # what a loader is doing for a slot; tells a hanging download from a hanging decoder
-DECODING: Final = 1
+#: How far a loader is with a slot: it tells a hanging download from a hanging decoder, and which image killed it.
+ASKED: Final = 0
+FETCHING: Final = 1
+DECODING: Final = 2
+LOADED: Final = 3
 
 
 class Slots:
@@ -36,7 +39,7 @@ class Slots:
         return mmap.mmap(self._fd, self._header_bytes + self.count * SLOT_BYTES)
 
     def phase(self, slot: int) -> int:
-        """FETCHING or DECODING, as the loader last wrote it."""
+        """ASKED, FETCHING, DECODING or LOADED, as the loader last wrote it."""
         return self._memory[slot]
 
     def set_phase(self, slot: int, phase: int) -> None:

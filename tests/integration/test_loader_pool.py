@@ -19,7 +19,7 @@ from PIL import Image
 
 from blip_engine.images import decode_image, resized_pixels
 from workers import load
-from workers.load import load_into as whole_load
+from workers.load import decode_into as whole_decode
 from workers.loader import LoaderLimits, LoaderPool, loader_main
 from workers.messages import Failure
 from workers.slots import DECODING, Slots
@@ -134,14 +134,14 @@ def test_an_image_that_kills_its_loader_fails_alone(images: list[Path], monkeypa
 
 
 def _dies_of_image_3(pipe: Connection, slots: Slots, limits: LoaderLimits) -> None:
-    load.load_into = _deadly_load
+    load.decode_into = _deadly_decode
     loader_main(pipe, slots, limits)
 
 
-def _deadly_load(slots: Slots, slot: int, location: str, *rest: Any) -> Failure | None:
-    if location.endswith("/3.jpg"):
+def _deadly_decode(slots: Slots, slot: int, *rest: Any) -> Failure | None:
+    if slot == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return whole_load(slots, slot, location, *rest)
+    return whole_decode(slots, slot, *rest)
 
 
 @pytest.mark.parametrize(("decoding", "code"), [(False, "fetch_timeout"), (True, "image_unreadable")])

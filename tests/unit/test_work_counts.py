@@ -308,7 +308,9 @@ class _Loading:
         self._slots, self._limits = Slots(4), LoaderLimits(10**6, 10**6, 5.0, 30.0)
 
     def load(self, slot: int, location: str, size: tuple[int, int], replies: "SimpleQueue[Any]", token: Any) -> None:
-        replies.put((token, load.load_into(self._slots, slot, location, size, self._limits)))
+        data = load.fetched(location, self._limits)
+        assert isinstance(data, bytes)
+        replies.put((token, load.decode_into(self._slots, slot, data, size, self._limits)))
 
     def submit(self, run: Run, replies: "SimpleQueue[Any]", token: Any) -> None:
         replies.put((token, [Answer(text, 0.0) for text in run.texts]))

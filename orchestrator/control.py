@@ -86,6 +86,7 @@ class Controller:
         self._slow = ThreadPoolExecutor(4, thread_name_prefix="plan-and-finalize")
         self._running: dict[str, Future[None]] = {}
         self._next_reconcile = 0.0
+        self.stepped_at = monotonic()  # when `run` last came around: what tells that it is alive
 
     def run(self, stop: threading.Event) -> None:
         """Steps until `stop` is set. Outages of Redis and of the store are waited out."""
@@ -96,6 +97,7 @@ class Controller:
                 except RedisUnavailable as error:  # nothing is lost: what was not confirmed is done again
                     log.warning("waiting: %s", error)
                     stop.wait(1)
+                self.stepped_at = monotonic()
                 stop.wait(self.settings.poll_seconds)
         finally:
             self.close()

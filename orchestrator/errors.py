@@ -2,10 +2,14 @@
 
 BlipBatchError               base; its text is one line that a user can act on
 ├── UsageError               a command, option or setting that cannot be right
+│   ├── UnknownJob           no job has this id
+│   └── JobConflict          what the job's status forbids, or an output that holds other work
 ├── ManifestError            a manifest that cannot be read as a whole (a bad *row* is a record, not an exception)
 ├── JobError                 a job that cannot go on; `code` is the job's error code
 ├── FetchError               one image that cannot be fetched; `code` is the record's error code
 ├── RedisUnavailable         no Redis, or one that refuses writes                             (retryable)
+├── Unauthorized             the HTTP API wants another token
+├── ApiUnavailable           the HTTP API does not answer, or cannot now                      (retryable)
 └── StorageError             an object or a file that cannot be read or written
     ├── ObjectNotFound       no such object or bucket
     ├── AccessDenied         the credentials or the file's mode do not allow it
@@ -24,6 +28,14 @@ class BlipBatchError(Exception):
 
 class UsageError(BlipBatchError):
     """A command, an option or a setting that cannot be right."""
+
+
+class UnknownJob(UsageError):  # noqa: N818
+    """No job has this id."""
+
+
+class JobConflict(UsageError):  # noqa: N818
+    """The job's status does not allow it, or the output belongs to other work."""
 
 
 class ManifestError(BlipBatchError):
@@ -51,6 +63,16 @@ class FetchError(BlipBatchError):
 
 class RedisUnavailable(BlipBatchError):  # noqa: N818
     """Redis does not answer, or refuses writes. A change may have happened all the same."""
+
+    retryable = True
+
+
+class Unauthorized(BlipBatchError):  # noqa: N818
+    """The HTTP API wants a token, or another one."""
+
+
+class ApiUnavailable(BlipBatchError):  # noqa: N818
+    """The HTTP API does not answer, or says that it cannot at present. A change may have happened all the same."""
 
     retryable = True
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -17,7 +18,7 @@ from blip_engine.errors import OptionError
 from blip_engine.requests import DEFAULT_MODELS, DEMO_MODEL, JOB_TASKS, Task, checkpoints_of, options_for
 
 from .contract import FORMATS, RESULT_FORMATS, JobSpec, JobState
-from .errors import JobError, ObjectNotFound, UsageError
+from .errors import JobConflict, JobError, ObjectNotFound, UsageError
 from .ledger import Ledger
 from .plan import Plan
 from .rows import checked_columns
@@ -52,6 +53,9 @@ def make_spec(  # noqa: PLR0913 - a job has as many arguments as options
         raise UsageError(f"unknown format of results {results!r}; they are: {', '.join(RESULT_FORMATS)}")
     if manifest_format is not None and manifest_format not in FORMATS:
         raise UsageError(f"unknown manifest format {manifest_format!r}; the formats are: {', '.join(FORMATS)}")
+    for name, value in (options or {}).items():
+        if isinstance(value, float) and not math.isfinite(value):  # which JSON cannot say
+            raise UsageError(f"option {name!r} must be a finite number, not {value!r}")
     try:
         options_for(task, options)
         draft = JobSpec(
@@ -67,6 +71,28 @@ def make_spec(  # noqa: PLR0913 - a job has as many arguments as options
         raise UsageError(f"{first['loc'][0]}={first['input']!r}: {first['msg']}") from None
     text = json.dumps(draft.identity(), sort_keys=True)
     return draft.model_copy(update={"id": "job-" + hashlib.sha256(text.encode()).hexdigest()[:20]})
+
+
+def check_remote(manifest: str, output: str, model: str | None, settings: Settings) -> None:
+    """Raises UsageError where a request from another machine names files outside of BLIP_ALLOWED_FOLDERS.
+
+    To be called before `make_spec`, which would tell whether a file exists.
+    """
+    _check_allowed("manifest", manifest, settings)
+    _check_allowed("output", output, settings)
+    for name in (model or "").split("+"):
+        if name.startswith(("/", ".", "~")) or (name != DEMO_MODEL and os.path.isdir(name)):  # noqa: PTH112
+            _check_allowed("model", name, settings)
+
+
+def _check_allowed(what: str, text: str, settings: Settings) -> None:
+    if "://" in text or "\0" in text or not text:
+        return  # s3:// is well, and `make_spec` refuses the rest without a look at any file
+    if not text.startswith("/"):
+        raise UsageError(f"{what} {text}: give an s3:// URI, or a whole path that starts with /")
+    path = os.path.realpath(text) + "/"
+    if not any(path.startswith(os.path.realpath(folder).rstrip("/") + "/") for folder in settings.allowed_folders):
+        raise UsageError(f"{what} {text}: the orchestrator takes s3:// URIs, and paths below its BLIP_ALLOWED_FOLDERS")
 
 
 def manifest_uri(manifest: str) -> str:
@@ -121,8 +147,7 @@ def submit(ledger: Ledger, spec: JobSpec, settings: Settings) -> str:
     """Starts the job, or goes on with it where it is; returns its id.
 
     A job that ended as failed or cancelled, or is paused, goes on from its finished parts; one whose output was
-    removed begins anew.
-    Raises UsageError when the output belongs to other work.
+    removed begins anew. Raises JobConflict when the output belongs to other work.
     """
     record = check_owner(spec, open_store(spec.output, settings))
     if not ledger.create_job(spec):
@@ -135,7 +160,7 @@ def submit(ledger: Ledger, spec: JobSpec, settings: Settings) -> str:
 
 
 def read_job(store: Store) -> dict[str, Any] | None:
-    """The output's job.json; None when there is none."""
+    """The output's job.json; None when there is none. Raises JobConflict when it is none of ours."""
     try:
         record = json.loads(store.get(JOB_KEY))
     except ObjectNotFound:
@@ -143,19 +168,19 @@ def read_job(store: Store) -> dict[str, Any] | None:
     except ValueError:
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("spec"), dict):
-        raise UsageError(f"{store.uri(JOB_KEY)} is no job of ours; choose another output")
+        raise JobConflict(f"{store.uri(JOB_KEY)} is no job of ours; choose another output")
     return record
 
 
 def check_owner(spec: JobSpec, store: Store) -> dict[str, Any] | None:
-    """The output's job.json. Raises UsageError when it tells of other work than `spec`."""
+    """The output's job.json. Raises JobConflict when it tells of other work than `spec`."""
     record = read_job(store)
     if record is None:
         return None
     old, new = record["spec"], spec.identity()
     for name, value in new.items():
         if old.get(name) != value:
-            raise UsageError(
+            raise JobConflict(
                 f"{store.root} holds a job with {name}={old.get(name)!r}, not {value!r}; choose another output, or "
                 f"repeat the first command to go on with it"
             )

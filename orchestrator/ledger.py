@@ -41,7 +41,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from .contract import Hint, JobSpec, JobState, Progress, Status
-from .errors import JobError, RedisUnavailable, UsageError
+from .errors import JobConflict, JobError, RedisUnavailable, UsageError
 from .settings import Settings
 
 QUEUE: Final = "blip"
@@ -128,10 +128,10 @@ class Ledger:
     # Jobs
 
     def create_job(self, spec: JobSpec) -> bool:
-        """False: known already. Raises UsageError when another job is at work on the same output."""
+        """False: known already. Raises JobConflict when another job is at work on the same output."""
         made = self._run("create", spec.id, spec.model_dump_json(), spec.output)
         if isinstance(made, str):
-            raise UsageError(f"{spec.output}: job {made} is writing here; choose another output or cancel it")
+            raise JobConflict(f"{spec.output}: job {made} is writing here; choose another output or cancel it")
         return bool(made)
 
     def jobs(self) -> list[str]:
@@ -185,6 +185,10 @@ class Ledger:
         """Rows finished inside live leases; live leases; hints handed out that nobody has leased yet."""
         rows, live, waiting = self._run("progress", job)
         return int(rows), int(live), int(waiting)
+
+    def at_work(self, job: str) -> list[str]:
+        """The workers that hold the job's live leases, one entry for each lease."""
+        return list(self._run("at_work", job))
 
     def report_model(self, job: str, info: Mapping[str, Any]) -> bool:
         """A worker says which model it loaded (`weights_sha256` and more). False: the job began with other weights."""

@@ -1,24 +1,42 @@
 """What can be done with a job that was submitted: look at it, stop it, go on with it, do its failed rows again.
 
-The command line calls these functions, and so may any program that reaches the coordination Redis and the outputs.
+The command line and the HTTP API call these functions, and so may any program that reaches the coordination Redis and
+the outputs.
 """
 
-from collections.abc import Iterator
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from .contract import JobSpec, JobState, Status
-from .errors import UsageError
+from .errors import JobConflict, UnknownJob
 from .ledger import Ledger
-from .plan import load_plan
-from .rounds import begin_round, is_complete, known_failures, load_rounds
-from .scheduling import Workers, holders, servers, slots_per_worker
+from .plan import Plan, load_plan
+from .rounds import begin_round, failures_by_chunk, is_complete, load_rounds
+from .scheduling import (
+    Backlog,
+    Remaining,
+    Workers,
+    backlog_of,
+    holders,
+    servers,
+    serves,
+    slots_per_worker,
+    speed_key,
+)  # fmt: skip
 from .settings import Settings
 from .storage import open_store
 
 _TIMES: Final = (
     "created_at", "in_progress_at", "finalizing_at", "completed_at", "failed_at", "cancelled_at",
 )  # fmt: skip
+
+
+_JOB_ID: Final = re.compile(r"[a-z0-9-]{1,64}", re.ASCII)
+_PAGE_SECONDS: Final = 5.0  # a page of errors ends after them, whatever it holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,56 +47,57 @@ class Retry:
     rows: int  # that have no result yet
 
 
-def list_jobs(ledger: Ledger, settings: Settings) -> list[dict[str, Any]]:
-    """All known jobs as `read_status` gives them, but without `errors`; the oldest first."""
+def list_jobs(ledger: Ledger, settings: Settings, jobs: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Jobs as `read_status` gives them, but without `errors` and `live_workers`; all known ones, the oldest first."""
     workers = ledger.live_workers()
-    found = ((ledger.spec(job), ledger.state(job)) for job in ledger.jobs())
+    found = ((ledger.spec(job), ledger.state(job)) for job in (ledger.jobs() if jobs is None else jobs))
     return [_view(ledger, settings, spec, state, workers) for spec, state in found if spec and state]
 
 
 def read_status(ledger: Ledger, settings: Settings, job: str) -> dict[str, Any]:
     """A job as the contract publishes it, and more: round, weight, workers, errors by code, a notice.
 
-    Raises UsageError for a job that is not known.
+    Raises UnknownJob.
     """
     spec, state = _known(ledger, job)
-    view = _view(ledger, settings, spec, state, ledger.live_workers())
-    return {**view, "errors": ledger.error_codes(job)}
+    workers = ledger.live_workers()
+    view = _view(ledger, settings, spec, state, workers)
+    return {**view, "errors": ledger.error_codes(job), "live_workers": workers}
 
 
 def pause(ledger: Ledger, job: str) -> None:
-    """Nothing more is handed out; workers let go of what they have begun. Raises UsageError."""
+    """Nothing more is handed out; workers let go of what they have begun. Raises JobConflict."""
     _change(ledger, job, "paused", "only a job that is in_progress can be paused")
 
 
 def cancel(ledger: Ledger, job: str) -> None:
-    """Ends the job as soon as its workers let go; finished parts stay. Raises UsageError."""
-    _change(ledger, job, "cancelling", "it has ended already")
+    """Ends the job as soon as its workers let go; finished parts stay. Raises JobConflict."""
+    _change(ledger, job, "cancelling", "it has ended already, or is about to")
 
 
 def resume(ledger: Ledger, job: str) -> None:
-    """Goes on with a job that is paused, cancelled or failed, from its finished parts. Raises UsageError."""
+    """Goes on with a job that is paused, cancelled or failed, from its finished parts. Raises JobConflict."""
     _, state = _known(ledger, job)
     if state.status == "paused":
         _change(ledger, job, "in_progress", "it is not paused")
     elif state.status in {"failed", "cancelled"}:
         _change(ledger, job, "validating", "it is at work")
     else:
-        raise UsageError(f"job {job} is {state.status}: only one that is paused, cancelled or failed can be resumed")
+        raise JobConflict(f"job {job} is {state.status}: only one that is paused, cancelled or failed can be resumed")
 
 
 def retry(ledger: Ledger, settings: Settings, job: str) -> Retry:
     """Does the rows without a result again, in a new round; what has a result is neither fetched nor computed again.
 
     The round is written to the output before the job is woken, so that it outlives Redis. A round that was begun and
-    stopped is gone on with. Raises UsageError, also when no row failed, and StorageError.
+    stopped is gone on with. Raises JobConflict, also when no row failed, and StorageError.
     """
     spec, state = _known(ledger, job)
     if not state.ended:
-        raise UsageError(f"job {job} is {state.status}: wait for its end, or cancel it first")
+        raise JobConflict(f"job {job} is {state.status}: wait for its end, or cancel it first")
     begun = next_round(spec, settings)
     if begun is None:
-        raise UsageError(f"job {job}: every row has a result, there is nothing to retry")
+        raise JobConflict(f"job {job}: every row has a result, there is nothing to retry")
     _change(ledger, job, "validating", "it is at work again")
     return begun
 
@@ -86,38 +105,102 @@ def retry(ledger: Ledger, settings: Settings, job: str) -> Retry:
 def next_round(spec: JobSpec, settings: Settings) -> Retry | None:
     """Begins a round of the rows without a result in the job's output, or finds one begun and not yet done.
 
-    None: every row has a result. The job must have ended. Raises UsageError and StorageError.
+    None: every row has a result. The job must have ended. Raises JobConflict and StorageError.
     """
     plan = load_plan(open_store(spec.output, settings), settings)
     if plan is None:
-        raise UsageError(f"job {spec.id} has no plan yet: nothing of it was done, so resume it, or submit it again")
+        raise JobConflict(f"job {spec.id} has no plan yet: nothing of it was done, so resume it, or submit it again")
     rounds = load_rounds(plan)
     begun = rounds[-1] if rounds and not is_complete(plan, rounds) else begin_round(plan, rounds)
     return None if begun is None else Retry(begun.number, sum(begun.rows))
 
 
-def errors(ledger: Ledger, settings: Settings, job: str) -> Iterator[dict[str, Any]]:
+def errors(ledger: Ledger, settings: Settings, job: str, first_row: int = 0) -> Iterator[dict[str, Any]]:
     """The error records that the job has at present, in manifest order; of each row only its latest outcome counts.
 
-    Raises UsageError, and JobError and StorageError when a part cannot be read.
+    Raises UnknownJob at once, and JobError and StorageError when a part cannot be read.
     """
+    plan = _plan_of(ledger, settings, job)
+    chunks = failures_by_chunk(plan, first_row) if plan else ()
+    return (record for _, failures in chunks for record in failures if record["row"] >= first_row)
+
+
+def error_page(
+    ledger: Ledger, settings: Settings, job: str, first_row: int, limit: int
+) -> tuple[list[dict[str, Any]], int | None]:  # fmt: skip
+    """Some of the error records from `first_row` on, at most `limit`, and the row to go on from; None: that was all.
+
+    May hold fewer, even none, though there are more: reading the parts of a huge job takes long. Raises as `errors`.
+    """
+    plan = _plan_of(ledger, settings, job)
+    deadline, found = time.monotonic() + _PAGE_SECONDS, list[dict[str, Any]]()
+    for chunk, failures in failures_by_chunk(plan, first_row) if plan else ():
+        found += [record for record in failures if record["row"] >= first_row]
+        if len(found) > limit:
+            return found[:limit], found[limit]["row"]
+        if time.monotonic() > deadline:
+            return found, chunk.first_row + chunk.rows
+    return found, None
+
+
+def backlog(
+    ledger: Ledger, settings: Settings, models: Sequence[str] = (), without: Sequence[str] = ()
+) -> Backlog:  # fmt: skip
+    """What is left to do, and the workers to do it; `scheduling.backlog_of` has the formula.
+
+    Everything that is in no finished part counts, in flight or not; a job that is not planned yet as one row, so that a
+    worker is there when it is; of one that is paused or being cancelled only what workers still hold.
+    `models`: only jobs that workers with BLIP_MODELS=`models` take; `without`: only jobs that such workers do not take.
+    """
+    workers, busy = ledger.live_workers(), set[str]()
+    left = []
+    for job in ledger.active_jobs():
+        spec, state = ledger.spec(job), ledger.state(job)
+        if spec is None or state is None or (models and not serves(models, spec.model)) or serves(without, spec.model):
+            continue
+        at_work = ledger.at_work(job)
+        busy.update(at_work)
+        slots = slots_per_worker(servers(spec.model, workers)) if workers else settings.worker_threads
+        speed = ledger.speed(speed_key(spec.task, spec.model))
+        rows, chunks = _left(state, len(at_work))
+        left.append(Remaining(rows, chunks, speed * slots if speed else None))
+    slots = slots_per_worker(workers) if workers else settings.worker_threads
+    return backlog_of(left, len(busy), slots, settings.backlog_seconds, settings.max_workers)
+
+
+def _left(state: JobState, leases: int) -> tuple[int, int]:
+    """Rows and chunks of a job that are in no finished part."""
+    rows, chunks = state.total - state.completed - state.failed, state.chunks - state.chunks_done
+    match state.status:
+        case "validating":  # its manifest may not have been read, or its parts not been counted
+            return max(1, rows), max(1, chunks)
+        case "in_progress" | "finalizing":
+            return max(rows, chunks), chunks
+        case "paused" | "cancelling":
+            return max(leases, math.ceil(leases * rows / max(1, chunks))), leases
+        case _:
+            return 0, 0
+
+
+def _plan_of(ledger: Ledger, settings: Settings, job: str) -> Plan | None:
+    """The plan that the job works by; None: it has none yet."""
     spec, state = _known(ledger, job)
     plan = load_plan(open_store(spec.output, settings), settings)
-    if plan is not None and (state.plan is None or plan.hash == state.plan):
-        yield from known_failures(plan)
+    return plan if plan is not None and state.plan in {None, plan.hash} else None
 
 
 def _known(ledger: Ledger, job: str) -> tuple[JobSpec, JobState]:
-    spec, state = ledger.spec(job), ledger.state(job)
-    if spec is None or state is None:
-        raise UsageError(f"job {job} is not known; see blip-batch list (BLIP_REDIS_URL says where)")
-    return spec, state
+    if _JOB_ID.fullmatch(job):  # other names may be those of other keys
+        spec, state = ledger.spec(job), ledger.state(job)
+        if spec is not None and state is not None:
+            return spec, state
+    raise UnknownJob(f"job {job[:80]} is not known; blip-batch list shows those that are")
 
 
 def _change(ledger: Ledger, job: str, status: Status, otherwise: str) -> None:
     _, state = _known(ledger, job)
     if not ledger.set_status(job, status):
-        raise UsageError(f"job {job} is {state.status}: {otherwise}")
+        raise JobConflict(f"job {job} is {state.status}: {otherwise}")
 
 
 def _view(

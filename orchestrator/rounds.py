@@ -170,6 +170,9 @@ def numbers_to_do(store: Store, chunk: Chunk, number: int, todo: int, results: R
 
 def merged_chunk(plan: Plan, chunk: Chunk, rounds: Sequence[Round]) -> MergedChunk:
     """Reads and checks all parts of a chunk. Raises PartError, and StorageError (ObjectNotFound: no part)."""
+    if not rounds:
+        part = check(plan.store, chunk, results=plan.results)
+        return MergedChunk([(0, part)], part.records)
     parts: list[tuple[int, CheckedPart]] = []
     latest: dict[int, dict[str, Any]] = {}
     for number, rows in _parts_of(chunk, rounds):
@@ -197,17 +200,22 @@ def _parts_of(chunk: Chunk, rounds: Sequence[Round]) -> Iterator[tuple[int, int]
             yield this.number, rows
 
 
-def known_failures(plan: Plan) -> Iterator[dict[str, Any]]:
-    """The error records so far, in manifest order, of a job that may be at work; only the latest outcome counts."""
+def failures_by_chunk(plan: Plan, first_row: int = 0) -> Iterator[tuple[Chunk, list[dict[str, Any]]]]:
+    """Chunks from the one that holds `first_row` on, and the error records that they have so far, in manifest order.
+
+    The job may be at work. Only the latest outcome of a row counts; chunks without failures are here too.
+    """
     numbers = range(len(load_rounds(plan)) + 1)
     present = [present_chunks(plan, number) for number in numbers]
     for chunk in plan.all_chunks():
+        if chunk.first_row + chunk.rows <= first_row:
+            continue
         latest: dict[int, dict[str, Any]] = {}
         for number in numbers:
             if chunk.id in present[number]:
                 records, _ = read_part(plan.store, part_key(chunk.id, number, plan.results))
                 latest.update((record["row"], record) for record in records)
-        yield from (latest[row] for row in sorted(latest) if latest[row]["error"] is not None)
+        yield chunk, [latest[row] for row in sorted(latest) if latest[row]["error"] is not None]
 
 
 def merged_chunks(plan: Plan) -> Iterator[MergedChunk]:

@@ -20,6 +20,24 @@ Workers = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class Remaining:
+    """What is left of a job."""
+
+    rows: int  # that are in no finished part: those in flight count
+    chunks: int  # that are not done: those in flight count
+    rows_per_second: float | None  # of one worker, for the job's task and model; None: never measured
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What is left of all jobs, and how many workers an autoscaler should run for it."""
+
+    rows: int
+    chunks: int
+    desired_workers: int
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     """A job that is being worked on."""
 
@@ -95,9 +113,32 @@ def slots_per_worker(workers: Workers) -> float:
     return sum(int(info.get("slots", 1)) for info in workers.values()) / len(workers) if workers else 1.0
 
 
+def backlog_of(jobs: Sequence[Remaining], busy: int, slots: float, seconds: float, most: int) -> Backlog:
+    """The rows and chunks that are left, and the workers for them, of which 0 are desired only when nothing is left:
+
+        by_time = ceil(sum over the jobs of rows / rows_per_second / seconds)
+        by_work = ceil(chunks / slots)
+        desired = min(most, max(busy, min(max(1, by_time), by_work)))
+
+    `by_time` workers finish what is left within `seconds`; a job of unknown speed adds nothing to it, and so begins
+    with one worker, which measures. More than `by_work` would find nothing to do. `busy` workers hold chunks now, and
+    are not taken away: the last chunks are not slower done because few are left.
+    `slots`: chunks that a worker takes at once; `most`: the bound that was set.
+    """
+    rows, chunks = sum(job.rows for job in jobs), sum(job.chunks for job in jobs)
+    by_time = math.ceil(sum(job.rows / job.rows_per_second for job in jobs if job.rows_per_second) / seconds)
+    by_work = math.ceil(chunks / slots)
+    return Backlog(rows, chunks, min(most, max(busy, min(max(1, by_time), by_work))))
+
+
+def serves(models: Sequence[str], model: str) -> bool:
+    """Whether workers that hold `models` can do a job of `model`."""
+    return set(_named(model)) <= set(models)
+
+
 def _limited_to(info: Mapping[str, Any], model: str) -> bool:
     """Whether the worker serves chosen models only, and this among them."""
-    return bool(info.get("only")) and set(_named(model)) <= set(info["only"])
+    return bool(info.get("only")) and serves(info["only"], model)
 
 
 def _named(model: str) -> list[str]:

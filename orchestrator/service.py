@@ -1,27 +1,44 @@
-"""The orchestrator as a process: the control loop until SIGTERM or Ctrl-C."""
+"""The orchestrator as a process: the control loop and the HTTP API until SIGTERM or Ctrl-C."""
 
 import logging
 import signal
-import sys
 import threading
+from time import monotonic
+from typing import Final
 
+from .api import ApiServer
 from .control import Controller
 from .errors import UsageError
+from .logs import LEVELS, configure
 from .settings import Settings
 
-_LEVELS = ("debug", "info", "warning", "error")
+STALLED_SECONDS: Final = 60.0  # a step is done in less, also while Redis or the store is away
 
 
 def serve(settings: Settings, log_level: str = "info") -> None:
-    """Runs the control loop; returns after the first SIGTERM or SIGINT. Raises UsageError."""
-    if log_level not in _LEVELS:
-        raise UsageError(f"unknown log level {log_level!r}; the levels are: {', '.join(_LEVELS)}")
-    logging.basicConfig(
-        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    """Runs the control loop and the API; returns after the first SIGTERM or SIGINT. Raises UsageError."""
+    if log_level not in LEVELS:
+        raise UsageError(f"unknown log level {log_level!r}; the levels are: {', '.join(LEVELS)}")
+    configure(log_level, settings.log_format)
     stop = threading.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.set())
     controller = Controller(settings)
+    api = ApiServer(settings, lambda: _ailing(controller))
+
+    def end(*_: object) -> None:
+        stop.set()
+        api.stop()
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, end)
     logging.getLogger(__name__).info("control loop %s", controller.owner)
-    controller.run(stop)
+    api.start()
+    try:
+        controller.run(stop)
+    finally:
+        api.close()
+
+
+def _ailing(controller: Controller) -> str | None:
+    """What is wrong with the control loop, if anything is. An outage of Redis is not: it is waited out."""
+    silent = monotonic() - controller.stepped_at
+    return f"the control loop is stuck for {silent:.0f} s" if silent > STALLED_SECONDS else None

@@ -23,6 +23,17 @@ class Settings(BaseSettings):
     lead_seconds: float = Field(default=10, gt=0)  # a silent control loop is replaced after this long
     max_attempts: int = Field(default=6, ge=1)  # starts of a chunk, before its unfinished rows get error records
 
+    # The HTTP API of an orchestrator, and where commands and clients find it.
+    api_host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0 is every one
+    api_port: int = Field(default=8080, ge=0, le=65_535)  # 0: any free one, which the log tells
+    # The bearer token that requests must carry; "none": no token, wherever it listens. Empty: none, on loopback only.
+    api_token: str = Field(default="", repr=False)
+    api_url: str = ""  # http(s)://host:port of the API for commands and clients; empty: commands talk to Redis
+
+    # The autoscaler's number (`GET /v1/backlog`).
+    backlog_seconds: float = Field(default=600, gt=0)  # within which the desired workers should finish what is left
+    max_workers: int = Field(default=100, ge=1)  # never more are asked for
+
     price_per_worker_hour: float | None = Field(default=None, ge=0)  # for the estimated cost of a job; unset: none
 
     # What is told of the processes.

@@ -66,6 +66,7 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*S3_VARIABLES, *(name for name in os.environ if name.startswith("BLIP_"))]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("BLIP_API_PORT", "0")  # an orchestrator takes any free port
 
 
 @pytest.fixture(scope="session")

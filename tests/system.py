@@ -22,7 +22,7 @@ from orchestrator.settings import load_settings
 TESTS = Path(__file__).parent
 FAST = {
     "BLIP_LEASE_SECONDS": "3", "BLIP_RENEW_SECONDS": "0.5", "BLIP_RECONCILE_SECONDS": "0.3",
-    "BLIP_POLL_SECONDS": "0.05",
+    "BLIP_POLL_SECONDS": "0.05", "BLIP_API_PORT": "0",
     "BLIP_LEAD_SECONDS": "2", "BLIP_DRAIN_SECONDS": "3", "BLIP_ENGINE_TIMEOUT_SECONDS": "4",
     "BLIP_LOADER_TIMEOUT_SECONDS": "3", "BLIP_LOADERS": "1", "BLIP_ENGINE": "dry_engine:Engine",
     "PYTHONPATH": str(TESTS),

@@ -21,7 +21,7 @@ def write_manifest(folder: Path, rows: int, bad: Callable[[int], bool] = lambda 
 
 
 def caption_spec(manifest: object, output: object, **more: object) -> JobSpec:
-    return make_spec(str(manifest), "caption", str(output), model="demo", **{"chunk_rows": 10, **more})  # type: ignore[arg-type]
+    return make_spec(str(manifest), "caption", str(output), **{"model": "demo", "chunk_rows": 10, **more})  # type: ignore[arg-type]
 
 
 def advance(

@@ -11,13 +11,17 @@ from orchestrator.scheduling import (
     LEAST_IN_FLIGHT,
     MOST_IN_FLIGHT,
     PER_SLOT_UNKNOWN,
+    Backlog,
     Demand,
+    Remaining,
+    backlog_of,
     chunk_rows_for,
     holders,
     queue_of,
     rooms,
     route,
     servers,
+    serves,
     slots_per_worker,
 )  # fmt: skip
 
@@ -82,3 +86,53 @@ def test_every_job_gets_some_and_all_get_what_there_is(jobs: list[tuple[float, i
 )
 def test_chunks_of_automatic_size_take_half_a_minute(speed: float | None, rows: int | None) -> None:
     assert chunk_rows_for(speed) == rows
+
+
+@pytest.mark.parametrize(
+    ("jobs", "busy", "slots", "desired"),
+    [
+        ([], 0, 2, 0),
+        ([Remaining(1, 1, None)], 0, 2, 1),  # not planned yet: someone should be there when it is
+        ([Remaining(10**8, 10**5, None)], 0, 2, 1),  # of unknown speed: one measures
+        ([Remaining(60_000, 600, 10.0)], 0, 2, 10),  # 6,000 seconds of one worker, in 600
+        ([Remaining(60_001, 600, 10.0)], 0, 2, 11),
+        ([Remaining(60_000, 600, 10.0), Remaining(6000, 60, 1.0)], 0, 2, 20),
+        ([Remaining(60_000, 600, 10.0), Remaining(10**6, 10, None)], 0, 2, 10),
+        ([Remaining(60_000, 6, 10.0)], 0, 2, 3),  # no more than find a chunk
+        ([Remaining(60_000, 5, 10.0)], 0, 2, 3),
+        ([Remaining(60, 6, 10.0)], 6, 2, 6),  # near the end: nobody who works is taken away
+        ([Remaining(10**9, 10**6, 10.0)], 0, 2, 50),  # the bound that was set
+        ([Remaining(60, 6, 10.0)], 70, 2, 50),
+    ],
+)
+def test_workers_that_an_autoscaler_should_run(
+    jobs: list[Remaining], busy: int, slots: float, desired: int
+) -> None:  # fmt: skip
+    found = backlog_of(jobs, busy, slots, 600, 50)
+    assert found == Backlog(sum(job.rows for job in jobs), sum(job.chunks for job in jobs), desired)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 10**9), st.integers(1, 10**6), st.none() | st.floats(1e-6, 1e6)).map(
+            lambda job: Remaining(max(job[:2]), *job[1:])
+        ),
+        max_size=20,
+    ),
+    st.floats(1, 64), st.floats(1, 1e5), st.integers(1, 1000), st.integers(0, 2000),
+)  # fmt: skip
+def test_zero_workers_are_desired_only_when_nothing_is_left(
+    jobs: list[Remaining], slots: float, seconds: float, most: int, busy: int
+) -> None:
+    desired = backlog_of(jobs, busy, slots, seconds, most).desired_workers
+    assert (desired == 0) == (not jobs and not busy)
+    assert min(busy, most) <= desired <= most
+    more = backlog_of([*jobs, Remaining(1, 1, 1.0)], busy, slots, seconds, most).desired_workers
+    assert more >= desired  # work that comes takes nobody away
+
+
+def test_pools_serve_the_jobs_whose_models_they_all_hold() -> None:
+    assert serves(["a", "b"], "a")
+    assert serves(["a", "b"], "a+b")
+    assert not serves(["a"], "a+b")
+    assert not serves([], "a")

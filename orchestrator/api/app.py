@@ -1,0 +1,86 @@
+"""The app: the routes of /v1, the health of the process, its metrics, and the OpenAPI document."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..ledger import Ledger
+from ..settings import Settings
+from .guard import Guard
+from .models import Health, Problem
+from .problems import RESPONSES, install, problem
+from .routes import Routes
+
+_ABOUT = """Jobs of batch inference with BLIP.
+
+Errors are problem+json with a stable `code`. A job's `status`: validating, in_progress, finalizing, completed; or
+failed, cancelling, cancelled, paused. Results are in the job's output, not here."""
+
+
+def create_app(
+    ledger: Ledger,
+    settings: Settings,
+    *,
+    ailing: Callable[[], str | None] = lambda: None,
+    stopping: Callable[[], bool] = lambda: False,
+    registry: CollectorRegistry = REGISTRY,
+) -> FastAPI:
+    """The API as an ASGI app.
+
+    `ailing` tells what is wrong with the control loop, if anything is; `stopping` whether streams should end;
+    `registry` has what /metrics tells.
+    """
+    app = FastAPI(
+        title="blip-batch", version=version("blip-batch"), description=_ABOUT, docs_url=None, redoc_url=None,
+        redirect_slashes=False, generate_unique_id_function=lambda route: route.name,
+    )  # fmt: skip
+    install(app)
+    app.add_middleware(Guard, settings=settings)
+    app.include_router(Routes(ledger, settings, stopping).router())
+    _add_probes(app, ledger, ailing)
+    _add_metrics(app, registry)
+    _add_problem_to_document(app)
+    return app
+
+
+def _add_probes(app: FastAPI, ledger: Ledger, ailing: Callable[[], str | None]) -> None:
+    unwell: dict[int | str, dict[str, Any]] = {503: RESPONSES[503]}
+
+    @app.get("/healthz", summary="Whether this process works", response_model=Health, responses=unwell)
+    def healthz() -> Health | Response:
+        wrong = ailing()
+        return Health(status="ok") if wrong is None else problem("unhealthy", wrong)
+
+    @app.get("/readyz", summary="Whether it can answer: Redis does", responses=unwell)
+    def readyz() -> Health:
+        ledger.ping()
+        return Health(status="ok")
+
+
+def _add_metrics(app: FastAPI, registry: CollectorRegistry) -> None:
+    @app.get("/metrics", summary="For Prometheus", response_class=Response,
+             responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})  # fmt: skip
+    def metrics(request: Request) -> Response:
+        encode, media_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), media_type=media_type)
+
+
+def _add_problem_to_document(app: FastAPI) -> None:
+    """Problems are no response models of any route, so the framework does not know their schema."""
+    made = app.openapi
+
+    def document() -> dict[str, Any]:
+        schema = made()
+        schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+        schemas["Problem"] = Problem.model_json_schema()
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        return schema
+
+    app.openapi = document  # type: ignore[method-assign]

@@ -1,0 +1,403 @@
+"""The HTTP API over real HTTP: every route, the token, the limits, problems, events, outages."""
+
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from api import TOKEN, at_work, http, problem, serving
+from harness import advance, caption_spec, ended, write_manifest
+from mini_worker import MiniWorker
+from prometheus_client.parser import text_string_to_metric_families
+from servers import MotoServer, RedisServer
+
+from orchestrator.api import ApiServer
+from orchestrator.api.guard import MAX_BODY
+from orchestrator.control import Controller
+from orchestrator.errors import UsageError
+from orchestrator.jobs import submit
+from orchestrator.settings import Settings
+from orchestrator.storage import open_store
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What the API may read and write."""
+    (tmp_path / "allowed").mkdir()
+    return tmp_path / "allowed"
+
+
+@pytest.fixture
+def url(settings: Settings, folder: Path) -> Iterator[str]:
+    with serving(settings, allowed_folders=(str(folder),)) as url:
+        yield url
+
+
+@pytest.fixture
+def api(url: str) -> Iterator[httpx.Client]:
+    with http(url) as client:
+        yield client
+
+
+def body(folder: Path, rows: int = 25, **more: Any) -> dict[str, Any]:
+    """A submission; rows whose number ends with 3 fail."""
+    manifest = write_manifest(folder, rows, lambda n: n % 10 == 3)
+    return {
+        "manifest": str(manifest), "task": "caption", "output": str(folder / "out"), "model": "demo", "chunk_rows": 10,
+        **more,
+    }  # fmt: skip
+
+
+def test_a_job_from_its_submission_to_its_end(
+    api: httpx.Client, settings: Settings, controller: Controller, folder: Path
+) -> None:
+    given = body(folder, options={"num_beams": 1}, weight=2)
+    made = api.post("/v1/jobs", json=given)
+    assert made.status_code == 201
+    job = made.json()["id"]
+    assert made.headers["location"] == f"/v1/jobs/{job}"
+    assert (made.json()["status"], made.json()["weight"], made.json()["options"]) == ("validating", 2, {"num_beams": 1})
+    assert api.post("/v1/jobs", json=given).status_code == 200  # the same job, and no other
+    advance(controller, job, ended, MiniWorker(settings))
+    view = api.get(f"/v1/jobs/{job}").json()
+    assert view["status"] == "completed"
+    assert view["request_counts"] == {"total": 25, "completed": 22, "failed": 3}
+    assert view["errors"] == {"image_not_found": 3}
+    assert view["live_workers"]["mini"]["slots"] == 1
+    (entry,) = api.get("/v1/jobs").json()["data"]
+    assert entry == {name: value for name, value in view.items() if name not in {"errors", "live_workers"}}
+
+
+def test_jobs_come_in_pages(
+    api: httpx.Client, settings: Settings, controller: Controller, folder: Path, tmp_path: Path
+) -> None:
+    manifest = write_manifest(folder, 3)
+    made = []
+    for n in range(5):
+        made.append(submit(controller.ledger, caption_spec(manifest, tmp_path / str(n)), settings))
+        time.sleep(0.002)  # the order is that of the times, in milliseconds
+    first = api.get("/v1/jobs", params={"limit": 3}).json()
+    assert [entry["id"] for entry in first["data"]] == made[:3]
+    rest = api.get("/v1/jobs", params={"limit": 3, "after": first["next"]}).json()
+    assert [entry["id"] for entry in rest["data"]] == made[3:]
+    assert rest["next"] is None
+    problem(api.get("/v1/jobs", params={"after": "nothing"}), 404, "unknown_job")
+    problem(api.get("/v1/jobs", params={"limit": 0}), 422, "invalid", "limit='0'")
+
+
+def test_pause_resume_cancel_and_retry(
+    api: httpx.Client, settings: Settings, controller: Controller, folder: Path
+) -> None:
+    job = api.post("/v1/jobs", json=body(folder)).json()["id"]
+
+    def act(name: str) -> httpx.Response:
+        return api.post(f"/v1/jobs/{job}/{name}")
+
+    problem(act("pause"), 409, "conflict", "only a job that is in_progress can be paused")
+    problem(act("retry"), 409, "conflict", "wait for its end")
+    advance(controller, job, lambda state: state.status == "in_progress")
+    problem(act("resume"), 409, "conflict", "only one that is paused, cancelled or failed")
+    assert act("pause").json()["status"] == "paused"
+    assert act("resume").json()["status"] == "in_progress"
+    assert act("cancel").json()["status"] == "cancelling"
+    advance(controller, job, ended)
+    problem(act("cancel"), 409, "conflict", "it has ended already")
+    assert act("resume").json()["status"] == "validating"
+    worker = MiniWorker(settings)
+    advance(controller, job, ended, worker)
+    for n in (3, 13):
+        (folder / f"mended-bad-{n}.png").touch()
+    worker.worked.clear()
+    begun = act("retry").json()
+    assert (begun["round"], begun["rows"], begun["job"]["id"]) == (1, 3, job)
+    advance(controller, job, ended, worker)
+    assert worker.worked == [3, 13, 23]
+    assert api.get(f"/v1/jobs/{job}").json()["request_counts"] == {"total": 25, "completed": 24, "failed": 1}
+    for name in ("cancel", "pause", "resume", "retry"):
+        problem(api.post(f"/v1/jobs/job-0/{name}"), 404, "unknown_job", "job-0 is not known")
+
+
+def test_errors_in_pages_and_as_lines(
+    api: httpx.Client, settings: Settings, controller: Controller, folder: Path
+) -> None:
+    job = api.post("/v1/jobs", json=body(folder, 95)).json()["id"]
+    where = f"/v1/jobs/{job}/errors"
+    assert api.get(where).json() == {"data": [], "next_row": None}  # not planned yet
+    advance(controller, job, ended, MiniWorker(settings))
+    rows, next_row = [], 0
+    while next_row is not None:
+        page = api.get(where, params={"limit": 4, "first_row": next_row}).json()
+        assert len(page["data"]) <= 4
+        rows += [record["row"] for record in page["data"]]
+        next_row = page["next_row"]
+    assert rows == [n for n in range(95) if n % 10 == 3]
+    assert page["data"][-1]["error"]["code"] == "image_not_found"
+    lines = api.get(where, headers={"Accept": "application/x-ndjson"}, params={"first_row": 50})
+    assert lines.headers["content-type"] == "application/x-ndjson"
+    assert [json.loads(line)["row"] for line in lines.text.splitlines()] == [53, 63, 73, 83, 93]
+    problem(api.get("/v1/jobs/job-0/errors"), 404, "unknown_job")
+
+
+def test_events_tell_of_changes_until_the_end(
+    api: httpx.Client, settings: Settings, controller: Controller, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.api.routes.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("orchestrator.api.routes.HEARTBEAT_SECONDS", 0.2)
+    job = api.post("/v1/jobs", json=body(folder)).json()["id"]
+    views, comments = [], 0
+    with api.stream("GET", f"/v1/jobs/{job}/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines, name = answer.iter_lines(), ""
+        for line in lines:
+            if line.startswith(":"):
+                comments += 1
+                if comments == 2:  # nothing has happened so far
+                    assert len(views) == 1
+                    work = at_work(controller, MiniWorker(settings), 0.1)
+                    work.__enter__()
+            elif line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                assert name == "job"
+                views.append(json.loads(line.removeprefix("data: ")))
+    work.__exit__(None, None, None)
+    statuses = [view["status"] for view in views]
+    assert statuses[0] == "validating"
+    assert "in_progress" in statuses
+    assert statuses[-1] == "completed"
+    assert views[-1]["request_counts"]["failed"] == 3
+    problem(api.get("/v1/jobs/job-0/events"), 404, "unknown_job")
+
+
+def test_events_end_when_the_server_does(settings: Settings, folder: Path) -> None:
+    with serving(settings, allowed_folders=(str(folder),)) as url, http(url) as api:
+        job = api.post("/v1/jobs", json=body(folder)).json()["id"]
+        with api.stream("GET", f"/v1/jobs/{job}/events") as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == "event: job"
+            closing = threading.Timer(0.2, _server_of(url).stop)
+            closing.start()
+            rest = list(lines)  # ends properly: no error of an incomplete body
+            closing.join()
+    assert rest[0].startswith("data: ")
+
+
+def _server_of(url: str) -> ApiServer:
+    """Found among the live objects: `serving` keeps it to itself."""
+    port = int(url.rpartition(":")[2])
+    return next(o for o in gc.get_objects() if isinstance(o, ApiServer) and o.port == port)
+
+
+def test_two_submissions_with_one_output_never_mix(
+    api: httpx.Client, settings: Settings, controller: Controller, folder: Path
+) -> None:
+    given = body(folder)
+    job = api.post("/v1/jobs", json=given).json()["id"]
+    other = {**given, "options": {"num_beams": 5}}
+    problem(api.post("/v1/jobs", json=other), 409, "conflict", f"job {job} is writing here")
+    advance(controller, job, ended, MiniWorker(settings))
+    problem(api.post("/v1/jobs", json=other), 409, "conflict", "holds a job with options=")
+    again = api.post("/v1/jobs", json={**given, "weight": 9})
+    assert (again.status_code, again.json()["id"], again.json()["status"]) == (200, job, "completed")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"task": "paint"}, "unknown task 'paint'; the tasks are: caption, vqa, itm, embed, capfilt"),
+        ({"options": {"beams": 3}}, "task 'caption' has no option 'beams'; it has: num_beams"),
+        ({"options": {"num_beams": "3"}}, "option 'num_beams' must be a whole number, not '3'"),
+        ({"options": {"num_beams": 99}}, "option 'num_beams' must be 1 to 32"),
+        ({"results": "xml"}, "unknown format of results 'xml'"),
+        ({"manifest_format": "xls"}, "unknown manifest format 'xls'"),
+        ({"chunk_rows": 0}, "chunk_rows=0: Input should be greater than or equal to 1"),
+        ({"chunk_rows": "10"}, "chunk_rows='10': Input should be a valid integer"),
+        ({"weight": 0}, "weight=0: Input should be greater than 0"),
+        ({"columns": {"picture": "url"}}, "picture"),
+        ({"model": "no such thing"}, "neither an existing directory nor a hub repository"),
+        ({"wieght": 2}, "wieght=2: Extra inputs are not permitted"),
+        ({"manifest": "ftp://x/y"}, "only s3:// URIs and local paths"),
+        ({"manifest": "file:///etc/passwd"}, "only s3:// URIs and local paths"),
+        ({"manifest": "s3://"}, "names no bucket"),
+        ({"output": "s3:///x"}, "names no bucket"),
+        ({"output": "s3://No_Such..Bucket!/x"}, "No_Such..Bucket!"),
+        ({"output": "http://x/y"}, "only s3:// URIs and local paths"),
+    ],
+)
+def test_what_cannot_be_right_is_said_in_one_line(
+    api: httpx.Client, s3_server: MotoServer, folder: Path, change: dict[str, Any], says: str
+) -> None:
+    answer = api.post("/v1/jobs", json={**body(folder), **change})
+    problem(answer, 422, answer.json()["code"], says)
+    assert answer.json()["code"] in {"invalid", "storage_failed"}
+    assert api.get("/v1/jobs").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    "place", ["/etc/passwd", "/etc", "/no/such/thing", "rows.jsonl", "../x", "~/x", "{0}/../x", "{0}x"]
+)
+def test_no_file_outside_of_the_allowed_folders(api: httpx.Client, folder: Path, place: str) -> None:
+    """Nor is it told whether there is such a file."""
+    place = place.format(folder)
+    for name in ("manifest", "output"):
+        answer = api.post("/v1/jobs", json={**body(folder), name: place})
+        problem(answer, 422, "invalid", "s3://")
+        assert "exist" not in answer.text
+    if place.startswith(("/", ".", "~")):
+        problem(api.post("/v1/jobs", json={**body(folder), "model": place}), 422, "invalid", "s3://")
+
+
+def test_a_link_out_of_the_allowed_folders_is_followed_before_it_is_judged(api: httpx.Client, folder: Path) -> None:
+    (folder / "link").symlink_to("/etc")
+    problem(api.post("/v1/jobs", json={**body(folder), "manifest": str(folder / "link/passwd")}), 422, "invalid")
+
+
+def test_without_allowed_folders_there_is_only_s3(settings: Settings, folder: Path) -> None:
+    with serving(settings) as url, http(url) as api:
+        problem(api.post("/v1/jobs", json=body(folder)), 422, "invalid", "BLIP_ALLOWED_FOLDERS")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"task": NaN}', b"[" * 100_000, b'{"manifest": "\\ud800"}'],
+    ids=lambda content: repr(content[:20]),
+)  # fmt: skip
+def test_a_body_that_is_none(api: httpx.Client, content: bytes) -> None:
+    answer = api.post("/v1/jobs", content=content, headers={"Content-Type": "application/json"})
+    problem(answer, answer.status_code, answer.json()["code"])
+    assert answer.status_code in {400, 422}
+
+
+def test_infinity_is_no_number(api: httpx.Client, folder: Path) -> None:
+    text = json.dumps({**body(folder), "options": {"length_penalty": float("nan")}})
+    answer = api.post("/v1/jobs", content=text, headers={"Content-Type": "application/json"})
+    problem(answer, 422, "invalid", "option 'length_penalty' must be a finite number")
+
+
+def test_large_bodies_are_refused(api: httpx.Client) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(MAX_BODY // 65536 + 2):
+            yield b"x" * 65536
+
+    for content in (b"x" * (MAX_BODY + 1), pieces()):  # with a length, and in chunks without
+        answer = api.post("/v1/jobs", content=content)
+        problem(answer, 413, "too_large", str(MAX_BODY))
+        assert answer.headers["connection"] == "close"
+
+
+ROUTES = (
+    ("POST", "/v1/jobs"), ("GET", "/v1/jobs"), ("GET", "/v1/jobs/j"), ("POST", "/v1/jobs/j/cancel"),
+    ("POST", "/v1/jobs/j/pause"), ("POST", "/v1/jobs/j/resume"), ("POST", "/v1/jobs/j/retry"),
+    ("GET", "/v1/jobs/j/errors"), ("GET", "/v1/jobs/j/events"), ("GET", "/v1/backlog"), ("GET", "/v1/nothing"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_every_route_wants_the_token(url: str, method: str, path: str) -> None:
+    with http(url, None) as api:
+        for header in (
+            None,
+            "",
+            "Bearer",
+            "Bearer wrong",
+            f"Basic {TOKEN}",
+            f"Bearer {TOKEN}x",
+            f"Bearer {TOKEN[:-1]}",
+        ):
+            answer = api.request(method, path, headers={} if header is None else {"Authorization": header})
+            problem(answer, 401, "unauthorized")
+            assert answer.headers["www-authenticate"].startswith("Bearer")
+
+
+def test_the_probes_and_the_document_are_open(url: str) -> None:
+    with http(url, None) as api:
+        assert api.get("/healthz").json() == {"status": "ok"}
+        assert api.get("/readyz").json() == {"status": "ok"}
+        document = api.get("/openapi.json").json()
+        assert {(method.upper(), path) for path, item in document["paths"].items() for method in item} == {
+            *((method, path.replace("/j/", "/{job}/")) for method, path in ROUTES if path[-2:] not in {"/j", "ng"}),
+            ("GET", "/v1/jobs/{job}"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"),
+        }  # fmt: skip
+        assert "process_cpu_seconds" in {
+            family.name for family in text_string_to_metric_families(api.get("/metrics").text)
+        }
+        problem(api.get("/docs"), 404, "not_found")
+        problem(api.delete("/healthz"), 405, "method_not_allowed")
+
+
+def test_without_a_token_only_this_machine_is_answered(settings: Settings) -> None:
+    with serving(settings, api_token="") as url, http(url, None) as api:
+        assert api.get("/v1/jobs").status_code == 200
+        problem(api.get("/v1/jobs", headers={"Origin": "http://evil.example"}), 403, "forbidden")
+        problem(api.get("/v1/jobs", headers={"Host": "evil.example"}), 403, "forbidden")  # a name made to mean us
+    with serving(settings, api_token="none") as url, http(url, None) as api:
+        assert api.get("/v1/jobs", headers={"Host": "blip.example"}).status_code == 200
+
+
+def test_an_open_api_must_be_meant(settings: Settings) -> None:
+    def start(**changes: object) -> None:
+        ApiServer(settings.model_copy(update={"api_port": 0, **changes}), lambda: None).close()
+
+    with pytest.raises(UsageError, match="BLIP_API_TOKEN=none"):
+        start(api_host="0.0.0.0")
+    start(api_host="0.0.0.0", api_token="none")
+    start(api_host="0.0.0.0", api_token="secret")
+    with pytest.raises(UsageError, match="printable") as refused:
+        start(api_token="sécret")
+    assert "sécret" not in str(refused.value)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UsageError, match="BLIP_API_PORT"):
+            start(api_port=taken.getsockname()[1])
+
+
+def test_an_outage_of_redis_is_503_and_passes(api: httpx.Client, redis_server: RedisServer) -> None:
+    redis_server.kill()
+    try:
+        for path in ("/v1/jobs", "/v1/jobs/job-1", "/v1/backlog", "/readyz"):
+            answer = api.get(path)
+            problem(answer, 503, "redis_unavailable", "check BLIP_REDIS_URL")
+            assert int(answer.headers["retry-after"]) > 0
+        assert api.get("/healthz").status_code == 200  # this process is well
+    finally:
+        redis_server.start()
+    assert api.get("/readyz").status_code == 200
+
+
+def test_an_output_that_cannot_be_reached(api: httpx.Client, rclone_s3: object, folder: Path) -> None:
+    answer = api.post("/v1/jobs", json={**body(folder), "output": "s3://no-such-bucket/x"})
+    assert answer.status_code in {201, 422}  # what a store says of a bucket that is not there differs
+    store = open_store("s3://blip/taken")
+    store.put("job.json", b"not ours")
+    answer = api.post("/v1/jobs", json={**body(folder), "output": "s3://blip/taken"})
+    problem(answer, 409, "conflict", "is no job of ours")
+
+
+def test_sigterm_ends_the_orchestrator_cleanly(redis_server: RedisServer, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orchestrator"], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "BLIP_API_PORT": "0"},
+    )  # fmt: skip
+    assert process.stderr is not None
+    url = ""
+    for line in process.stderr:
+        if "API at http" in line:
+            url = next(word for word in line.replace('"', " ").replace(",", " ").split() if word.startswith("http"))
+        if url and "control loop" in line:
+            break
+    with http(url, None) as api:
+        assert api.get("/healthz").status_code == 200
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=20)[1]
+    assert process.returncode == 0
+    assert "Traceback" not in rest

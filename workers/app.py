@@ -10,13 +10,12 @@ from typing import Any
 
 from celery import Celery
 from celery.exceptions import Reject
-from celery.signals import worker_shutting_down
+from celery.signals import worker_ready, worker_shutting_down
 
 from orchestrator.broker import TASK_NAME, make_celery
-from orchestrator.ledger import QUEUE
-from orchestrator.scheduling import queue_of
 from orchestrator.settings import Settings
 
+from .health import Health
 from .worker import PutBack, Refuse, Worker
 
 _log = logging.getLogger(__name__)
@@ -53,13 +52,16 @@ def run_worker(settings: Settings) -> int:
     """Work until told to stop; the exit status. Raises UsageError when the worker cannot start."""
     name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     worker = Worker(settings, name)
+    health = Health(worker, settings)
     try:
         worker.start()
         app = make_app(settings, worker)
+        worker_ready.connect(lambda **_: health.consuming(), weak=False)
         worker_shutting_down.connect(lambda **_: worker.drain(), weak=False)
         threading.Thread(target=_end_when_faulty, args=(worker,), name="faults", daemon=True).start()
-        _consume(app, settings, name, [queue_of(model) for model in worker.models] or [QUEUE])
+        _consume(app, settings, name, worker.queues)
     finally:
+        health.stop()
         worker.close()
     if worker.faulty.is_set():
         _log.critical("%s", worker.fault)

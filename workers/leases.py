@@ -26,6 +26,7 @@ class Held:
     deadline: float  # by our monotonic clock, from before the lease was asked for: never later than Redis's
     renew_seconds: float
     rows_done: int = 0
+    loading: bool = False  # waits for the model, which may be downloaded
     refused: bool = False  # Redis gave it to someone else, or the job is not to go on
     started: float = field(default_factory=time.monotonic)
 
@@ -54,6 +55,10 @@ class LeaseKeeper:
         finally:
             del self._held[id(held)]
 
+    def held(self) -> list[Held]:
+        """The leases in hand."""
+        return list(self._held.values())
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
@@ -67,7 +72,7 @@ class LeaseKeeper:
                 if time.monotonic() - seen >= _PRESENCE_SECONDS:
                     seen = time.monotonic()
                     self._ledger.worker_seen(self._worker, self._info)
-                for held in list(self._held.values()):
+                for held in self.held():
                     self._renew(held)
             except BlipBatchError as error:
                 _log.warning("leases not renewed: %s", error)

@@ -18,8 +18,9 @@ from blip_engine.requests import checkpoints_of
 from orchestrator.contract import BadRow, Hint, Row
 from orchestrator.errors import BlipBatchError, RedisUnavailable, StoreUnavailable, UsageError
 from orchestrator.jobs import model_name
-from orchestrator.ledger import Lease, Ledger
+from orchestrator.ledger import QUEUE, Lease, Ledger
 from orchestrator.parts import describe, part_key, put_part
+from orchestrator.scheduling import queue_of
 from orchestrator.settings import Settings
 
 from .engine_process import EngineProcess, EngineSettings
@@ -80,6 +81,9 @@ class Worker:
         #: What others are told of this worker; its `models` grow as checkpoints are loaded.
         self._presence: dict[str, Any] = {"slots": settings.worker_threads, "models": [], "only": self.models}
         self._keeper = LeaseKeeper(self.ledger, settings, name, self._presence)
+        #: Where its hints come from.
+        self.queues = [queue_of(model) for model in self.models] or [QUEUE]
+        self.hints_taken = 0
         self._jobs: dict[tuple[str, str], OpenJob] = {}
         self._drain_until: float | None = None
 
@@ -97,6 +101,19 @@ class Worker:
         """Take no more; what is under way and fits into the grace period is finished, the rest put back."""
         self._drain_until = time.monotonic() + self._settings.drain_seconds
 
+    @property
+    def draining(self) -> bool:
+        """It takes no more, and will end."""
+        return self._drain_until is not None
+
+    def held(self) -> list[Held]:
+        """The leases in hand."""
+        return self._keeper.held()
+
+    def hints_waiting(self) -> int:
+        """Hints in this worker's queues. Raises RedisUnavailable."""
+        return sum(self.ledger.queue_length(queue) for queue in self.queues)
+
     def close(self) -> None:
         """End all threads and children."""
         self._keeper.stop()
@@ -110,11 +127,12 @@ class Worker:
 
     def handle(self, message: object) -> None:
         """Do what a hint says, unless it is done, busy or gone. Raises PutBack or Refuse."""
+        self.hints_taken += 1
         try:
             hint = Hint.from_message(message)
         except UsageError as error:  # anything may be in a queue: dropped, and nothing of it was run
             raise Refuse(str(error)) from None
-        if self._drain_until is not None or self.faulty.is_set():
+        if self.draining or self.faulty.is_set():
             raise PutBack("draining")
         asked_at = time.monotonic()
         try:
@@ -179,11 +197,13 @@ class Worker:
             return job.checkpoint
         named = checkpoints_of(job.spec.task, job.spec.model)
         futures = [self.engine.load_model(model, task) for task, model in named]
+        held.loading = True
         for future in futures:
             while not future.done():
                 self._check(held, 1)
                 with suppress(TimeoutError):
                     future.result(_POLL_SECONDS)
+        held.loading = False
         checkpoint, *others = (future.result() for future in futures)  # CheckpointError ends the job
         for other in others:
             checkpoint = checkpoint.judged_by(other)

@@ -32,6 +32,7 @@ from .requests import (
     DEMO_MODEL,
     TASKS,
     Answer,
+    BatchReport,
     Caption,
     Match,
     MatchOptions,
@@ -62,17 +63,6 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
-class BatchReport:
-    """A batch that was run, in numbers; see `Engine.on_batch`."""
-
-    task: Task
-    requests: int  # images with their texts
-    texts: int
-    busy_seconds: float  # of the engine's thread
-    stage_seconds: Mapping[str, float]  # of the device: `vision`, then `text`
-
-
-@dataclass(frozen=True)
 class _Entry:
     """A queued request."""
 
@@ -97,6 +87,7 @@ class Engine:
         self.device = choose_device(device)
         self.dtype, self._int8 = choose_dtype(precision, self.device), precision == "int8"
         self.oom_splits = 0  # how often the device ran out of memory and batches were halved
+        self._splits_told = 0
         #: Called in the engine's thread for every batch that was run, before its futures settle.
         self.on_batch: Callable[[BatchReport], None] | None = None
         self._runners: dict[str, CaptionRunner | AnswerRunner | MatchRunner] = {}
@@ -312,7 +303,8 @@ class Engine:
         stages, busy = stopwatch.stop("text"), time.perf_counter() - started
         if self.on_batch is not None:
             texts = sum(len(entry.prepared.request.texts) for entry in batch)
-            self.on_batch(BatchReport(batch[0].prepared.request.task, len(batch), texts, busy, stages))
+            splits, self._splits_told = self.oom_splits - self._splits_told, self.oom_splits
+            self.on_batch(BatchReport(batch[0].prepared.request.task, len(batch), texts, busy, stages, splits))
 
     def _after_out_of_memory(
         self, runner: "CaptionRunner | AnswerRunner | MatchRunner", batch: list[_Entry], error: Exception

@@ -266,6 +266,18 @@ class Request:
     judge: str = ""  # capfilt: the name of the matching model
 
 
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """A batch that was run, in numbers; see `Engine.on_batch`."""
+
+    task: Task
+    requests: int  # images with their texts
+    texts: int
+    busy_seconds: float  # of the engine's thread
+    stage_seconds: Mapping[str, float]  # of the device: `vision`, then `text`
+    oom_splits: int  # times that batches were halved for want of memory, since the last report
+
+
 def result_record(task: Task, results: Sequence[Result], several: bool) -> dict[str, Any]:
     """The `result` of a row: its only result's record, or the list of them under `answers` or `matches`.
 

@@ -166,6 +166,8 @@ class Embedded:
             **os.environ, **_as_environment(self.settings),
             "BLIP_MODELS": "",  # a setting of a cluster's workers; these are for whatever the jobs here name
             "BLIP_PARENT_PID": str(os.getpid()),
+            "BLIP_LOG_FORMAT": "text",  # its last line may be shown to people
+            "BLIP_METRICS_PORT": "0",  # one port cannot serve them all
         }  # fmt: skip
         with self._worker_log(number).open("ab") as log:
             return subprocess.Popen(

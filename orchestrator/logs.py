@@ -25,6 +25,7 @@ LEVELS: Final = ("debug", "info", "warning", "error")
 
 _context: ContextVar[Mapping[str, Any]] = ContextVar("fields", default=MappingProxyType({}))
 _SECRET_VARIABLES: Final = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "BLIP_API_TOKEN", "HF_TOKEN")
+_CHATTY: Final = ("boto3", "botocore", "httpx", "urllib3")  # a line for each request
 _SHORTEST_SECRET: Final = 8  # shorter ones ("none", "test") are words that stand in other places too
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PATTERNS: Final = (
@@ -61,6 +62,9 @@ def configure(level: str = "info", form: str | None = None, stream: IO[str] | No
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level.upper())
+    logging.captureWarnings(True)
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
 
 
 class _Handler(logging.StreamHandler[IO[str]]):

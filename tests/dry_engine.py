@@ -8,6 +8,7 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy import float32
 
 from blip_engine.errors import CheckpointError, InputError
 from blip_engine.filtering import filtered
-from blip_engine.requests import Answer, Caption, Embedding, Match, Request, Result
+from blip_engine.requests import Answer, BatchReport, Caption, Embedding, Match, Request, Result
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Engine:
     def __init__(self, device: str = "auto", precision: str = "auto") -> None:
         if device == "broken":
             raise RuntimeError("no such device")
+        self.on_batch: Callable[[BatchReport], None] | None = None
         self._queue: queue.SimpleQueue[tuple[Request, Future[list[Result]]]] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -62,6 +64,7 @@ class Engine:
             self._run(batch)
 
     def _run(self, batch: "list[tuple[Request, Future[list[Result]]]]") -> None:
+        started = time.perf_counter()
         orders = " ".join(text for request, _ in batch for text in request.texts)
         if "order:die" in orders:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -71,6 +74,10 @@ class Engine:
             time.sleep(3600)
         if "order:slow" in orders:
             time.sleep(0.02 * len(batch))
+        if self.on_batch is not None:
+            busy, task = time.perf_counter() - started, batch[0][0].task
+            texts = sum(len(request.texts) for request, _ in batch)
+            self.on_batch(BatchReport(task, len(batch), texts, busy, {"vision": busy / 2, "text": busy / 2}, 0))
         for request, future in batch:
             if "order:raise" in orders:
                 future.set_exception(RuntimeError("a kernel failed"))

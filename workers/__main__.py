@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 
+from orchestrator import logs
 from orchestrator.errors import BlipBatchError
 from orchestrator.settings import load_settings
 
@@ -14,13 +15,14 @@ def main() -> int:
     """Exit status: 0 after an orderly end, 1 with one line on standard error when it cannot work."""
     if parent := os.environ.pop("BLIP_PARENT_PID", None):  # embedded: never outlive the command
         die_with_parent(int(parent))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("celery.app.trace", "celery.worker.strategy"):  # lines per message, and a traceback per put back one
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from .app import run_worker  # noqa: PLC0415 - an absent package becomes one clear line
 
-        return run_worker(load_settings())
+        settings = load_settings()
+        logs.configure("info", settings.log_format)
+        return run_worker(settings)
     except ImportError as error:
         sys.stderr.write(f"the worker cannot start: {error}; install blip-batch[worker]\n")
     except BlipBatchError as error:

@@ -15,6 +15,7 @@ from celery.signals import worker_ready, worker_shutting_down
 from orchestrator.broker import TASK_NAME, make_celery
 from orchestrator.settings import Settings
 
+from .endpoint import Endpoint
 from .health import Health
 from .worker import PutBack, Refuse, Worker
 
@@ -53,6 +54,7 @@ def run_worker(settings: Settings) -> int:
     name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     worker = Worker(settings, name)
     health = Health(worker, settings)
+    endpoint = Endpoint(settings, worker.metrics.registry(), health)
     try:
         worker.start()
         app = make_app(settings, worker)
@@ -63,6 +65,7 @@ def run_worker(settings: Settings) -> int:
     finally:
         health.stop()
         worker.close()
+        endpoint.close()
     if worker.faulty.is_set():
         _log.critical("%s", worker.fault)
         return 1

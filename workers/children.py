@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
+from orchestrator import logs
+
 _log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -61,6 +63,7 @@ def die_with_parent(parent: int) -> None:
 
 def _run(parent: int, target: Callable[..., None], pipe: Connection, args: tuple[Any, ...]) -> None:
     die_with_parent(parent)
+    logs.configure()
     # Ctrl-C and a service manager's SIGTERM reach the whole group; when to stop is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

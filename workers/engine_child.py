@@ -2,7 +2,8 @@
 
 In: `Load`, or a list of `(id, Run)`. Out: lists of `("ready", None)` or `("broken", why)` once; then `("loaded", (name,
 Checkpoint))`, `("refused", (name, why))`, `("done", (id, results))`, `("failed", (id, code, why))`, where the code is
-one of the records' or UNEXPECTED: perhaps a batch-mate's fault, so the run is worth another try alone.
+one of the records' or UNEXPECTED: perhaps a batch-mate's fault, so the run is worth another try alone; and `("batch",
+BatchReport)` before the answers of that batch.
 """
 
 import logging
@@ -47,6 +48,7 @@ def engine_main(pipe: Connection, slots: Slots, factory: str, device: str, preci
 class _Server:
     def __init__(self, pipe: Connection, slots: Slots, engine: Any) -> None:
         self._pipe, self._slots, self._engine = pipe, slots, engine
+        engine.on_batch = partial(self._send, "batch")
         self._answers: SimpleQueue[tuple[str, object]] = SimpleQueue()  # from the engine's own threads
 
     def serve(self) -> None:

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Any, Final
 
 from blip_engine.errors import CheckpointError
-from blip_engine.requests import Task
+from blip_engine.requests import BatchReport, Task
 
 from .children import Child, Supervisor
 from .engine_child import UNEXPECTED, engine_main
@@ -71,9 +71,16 @@ class _Loading:
 class EngineProcess(Supervisor):
     """One engine process behind one thread, which alone touches the state below."""
 
-    def __init__(self, settings: EngineSettings, slots: Slots, broken: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        slots: Slots,
+        broken: Callable[[str], None],
+        observe: Callable[[BatchReport], None] = lambda _: None,
+    ) -> None:
+        """`observe` is told (in the thread) of every batch, before its outcomes are given."""
         super().__init__("engine", broken)
-        self._settings, self._slots = settings, slots
+        self._settings, self._slots, self._observe = settings, slots, observe
         self._child: Child | None = None
         self._ready = False
         self._deaths_at_start = 0
@@ -93,6 +100,11 @@ class EngineProcess(Supervisor):
         """The process id now; None between two processes."""
         child = self._child
         return child.pid if child else None
+
+    @property
+    def queued(self) -> int:
+        """Images, with their texts, that it holds or that wait for it."""
+        return len(self._held) + len(self._suspects) + len(self._waiting)
 
     def load_model(self, model: str, task: Task) -> "Future[Checkpoint]":
         """Make a checkpoint resident: or CheckpointError (in the future)."""
@@ -168,6 +180,8 @@ class EngineProcess(Supervisor):
     def _answered(self, kind: str, content: Any) -> None:
         if kind in {"done", "failed"}:
             self._settle(kind, *content)
+        elif kind == "batch":
+            self._observe(content)
         elif kind in {"loaded", "refused"}:
             self._settle_load(kind, *content)
         elif kind == "broken":

@@ -148,8 +148,8 @@ class LoaderPool(Supervisor):
             self._started(owner, message)
             return
         for loaded in message:
-            owner.items.pop(loaded.slot).settle(loaded.failure)
             self._observe(loaded)
+            owner.items.pop(loaded.slot).settle(loaded.failure)
 
     def _started(self, loader: _Loader, message: str | None) -> None:
         if message is None:

@@ -19,6 +19,7 @@ from orchestrator.contract import BadRow, Hint, Row
 from orchestrator.errors import BlipBatchError, RedisUnavailable, StoreUnavailable, UsageError
 from orchestrator.jobs import model_name
 from orchestrator.ledger import QUEUE, Lease, Ledger
+from orchestrator.logs import fields, more
 from orchestrator.parts import describe, part_key, put_part
 from orchestrator.scheduling import queue_of
 from orchestrator.settings import Settings
@@ -27,6 +28,7 @@ from .engine_process import EngineProcess, EngineSettings
 from .leases import Held, LeaseKeeper
 from .loader import LoaderLimits, LoaderPool, loader_count
 from .messages import Checkpoint
+from .metrics import WorkerMetrics
 from .openjob import OpenJob
 from .pipeline import CarefulRun, ChunkRun, JobContext, Lane
 from .slots import Slots
@@ -64,15 +66,16 @@ class Worker:
         self.fault = ""
         self.ledger = Ledger.connect(settings)
         self._settings = settings
+        self.metrics = WorkerMetrics(settings)
         self._slots = Slots(settings.slots)
         limits = LoaderLimits(
             settings.max_image_bytes, settings.max_image_pixels, settings.fetch_timeout_seconds,
             settings.loader_timeout_seconds,
         )  # fmt: skip
-        self.loaders = LoaderPool(loader_count(settings.loaders), self._slots, limits, self._break)
+        self.loaders = LoaderPool(loader_count(settings.loaders), self._slots, limits, self._break, self.metrics.loaded)
         timeouts = (settings.engine_timeout_seconds, settings.model_timeout_seconds)
         engine = EngineSettings(settings.engine, settings.device, settings.precision, *timeouts)
-        self.engine = EngineProcess(engine, self._slots, self._break)
+        self.engine = EngineProcess(engine, self._slots, self._break, self.metrics.batch)
         self._lanes: LifoQueue[Lane] = LifoQueue()
         for number in range(settings.worker_threads):
             self._lanes.put(Lane(range(number, settings.slots, settings.worker_threads), self.loaders, self.engine))
@@ -84,6 +87,12 @@ class Worker:
         #: Where its hints come from.
         self.queues = [queue_of(model) for model in self.models] or [QUEUE]
         self.hints_taken = 0
+        self.metrics.sources |= {
+            "blip_engine_queue_rows": lambda: self.engine.queued,
+            "blip_engine_restarts_total": lambda: self.engine.restarts,
+            "blip_loader_restarts_total": lambda: self.loaders.restarts,
+            "blip_worker_chunks": lambda: len(self.held()),
+        }
         self._jobs: dict[tuple[str, str], OpenJob] = {}
         self._drain_until: float | None = None
 
@@ -141,29 +150,40 @@ class Worker:
             time.sleep(_BACK_OFF_SECONDS)
             raise PutBack(str(error)) from error
         if isinstance(lease, Lease):
-            with self._keeper.holding(lease, asked_at) as held:
+            with (
+                self._keeper.holding(lease, asked_at) as held,
+                fields(job=lease.job, chunk=lease.chunk, attempt=lease.attempt),
+            ):
                 self._work(hint, held)
+        else:
+            self.metrics.chunk("dropped")
 
     def _work(self, hint: Hint, held: Held) -> None:
         lane = self._lanes.get()
+        outcome = "left"  # to the control loop, after an error that nobody expected
         try:
-            self._finish(hint, held, lane)
+            outcome = "committed" if self._finish(hint, held, lane) else "duplicate"
         except _Abandon as reason:  # given back where it is still ours; a hint is only needed if nobody else sends one
             _log.info("chunk %d of %s abandoned: %s", hint.chunk, hint.job, reason)
             self._release(held.lease)
+            outcome = "put_back" if reason.put_back else "abandoned"
             if reason.put_back:
                 raise PutBack(str(reason)) from None
         except (StoreUnavailable, RedisUnavailable) as error:  # passes: given back uncounted, after a while
             _log.warning("chunk %d of %s put back: %s", hint.chunk, hint.job, error)
             time.sleep(_BACK_OFF_SECONDS)
             self._release(held.lease)
+            outcome = "put_back"
             raise PutBack(str(error)) from error
         except (BlipError, BlipBatchError) as error:  # does not pass: the job ends with this line
+            outcome = "failed"
             self._fail_job(hint, error)
         finally:
+            self.metrics.chunk(outcome)
             self._lanes.put(lane)
 
-    def _finish(self, hint: Hint, held: Held, lane: Lane) -> None:
+    def _finish(self, hint: Hint, held: Held, lane: Lane) -> bool:
+        """The chunk's part is in storage and counted; False: it was counted before. Raises what ends the chunk here."""
         job = self._open(hint)
         part = describe(job.store, part_key(hint.chunk, hint.round, job.plan.results))
         if part is None:
@@ -172,9 +192,15 @@ class Worker:
             if held.lost:
                 raise _Abandon("the lease ran out before the part was written", put_back=False)
             part = put_part(job.store, hint, records, weights, [row.number for row in rows], job.plan.results)
-        self.ledger.commit(held.lease, part.rows - part.failed, part.failed, part.codes)
+        counted = self.ledger.commit(held.lease, part.rows - part.failed, part.failed, part.codes)
         seconds = time.monotonic() - held.started
-        _log.info("chunk %d of %s: %d rows, %d failed, %.1f s", hint.chunk, hint.job, part.rows, part.failed, seconds)
+        if counted:
+            self.metrics.committed(job.spec.task, part, seconds)
+        _log.info(
+            "chunk %d of %s: %d rows, %d failed, %.1f s", hint.chunk, hint.job, part.rows, part.failed, seconds,
+            extra=more(rows=part.rows, failed=part.failed, seconds=round(seconds, 3)),
+        )  # fmt: skip
+        return counted
 
     def _open(self, hint: Hint) -> OpenJob:
         key = hint.job, hint.plan

@@ -1,4 +1,4 @@
-"""The orchestrator's metrics: what the ledger knows, read once for many scrapes; no more series than there are names."""
+"""The orchestrator's metrics: what the ledger knows, read once for many scrapes, and no series for a job."""
 
 import time
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """What the engine tells of its batches: every request once, before its future settles, in plain numbers."""
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,8 @@ import torch
 from small_models import save_checkpoint
 
 from blip_engine import Engine
-from blip_engine.engine import BatchReport
-from blip_engine.requests import Request, options_for
+from blip_engine.requests import BatchReport, Request, Result, options_for
+from blip_engine.runner import Prepared
 from blip_engine.stopwatch import Stopwatch
 
 IMAGES = [np.full((32, 32, 3), shade, dtype=np.uint8) for shade in range(20)]
@@ -69,6 +69,24 @@ def test_a_batch_that_fails_is_not_reported(engine: Engine, monkeypatch: pytest.
     with pytest.raises(RuntimeError, match="a kernel failed"):
         future.result(60)
     assert reports == []
+
+
+def test_halved_batches_are_told_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[BatchReport] = []
+    engine.on_batch = reports.append
+    runner = engine._runners["caption"]
+    run = runner.run
+    failures = iter([torch.OutOfMemoryError("none left")])
+
+    def short(batch: Sequence[Prepared]) -> list[list[Result]]:
+        if (error := next(failures, None)) is not None:
+            raise error
+        return run(batch)
+
+    monkeypatch.setattr(runner, "run", short)
+    for _ in range(2):
+        engine.submit(Request("caption", "caption", IMAGES[0], ("",), options_for("caption", {}))).result(60)
+    assert [report.oom_splits for report in reports] == [1, 0]
 
 
 def test_marks_of_a_stopwatch_that_does_not_run_are_ignored(device: torch.device, tmp_path: Path) -> None:

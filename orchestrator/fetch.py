@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -38,10 +39,11 @@ class ImagePolicy:
             return image
         return os.path.join(self.folder, image)  # noqa: PTH118 -- keeps odd names as they are
 
-    def resolve(self, image: str) -> str:
+    def resolve(self, image: str, known: dict[str, str] | None = None) -> str:
         """The location to give to `fetch`. Touches no network.
 
-        Raises FetchError with code `uri_not_allowed` or `unsupported_uri`.
+        `known`: real paths of folders, remembered between calls that soon follow each other. Raises FetchError with
+        code `uri_not_allowed` or `unsupported_uri`.
         """
         if is_s3(image):
             return self._resolve_s3(image)
@@ -51,7 +53,7 @@ class ImagePolicy:
         if self.folder is None:
             raise FetchError("unsupported_uri", f"{_short(image)}: a manifest on S3 needs s3://bucket/key images")
         try:
-            path = os.path.realpath(os.path.join(self.folder, image))  # noqa: PTH118 -- keeps odd names as they are
+            path = _real_path(os.path.join(self.folder, image), {} if known is None else known)  # noqa: PTH118 -- keeps odd names as they are
         except (OSError, ValueError):
             raise FetchError("unsupported_uri", f"{_short(image)} is not a file name") from None
         if not any(path.startswith(folder.rstrip("/") + "/") for folder in (self.folder, *self.folders)):
@@ -71,6 +73,19 @@ class ImagePolicy:
             if entry == "*" or (bucket == allowed_bucket and key.startswith(prefix)):
                 return image
         raise FetchError("uri_not_allowed", f"{_short(image)}: add {bucket} to BLIP_ALLOWED_BUCKETS to read from it")
+
+
+def _real_path(path: str, known: dict[str, str]) -> str:
+    """os.path.realpath, which looks at every folder of the path, with those of `known` looked at once."""
+    folder, _, name = path.rpartition("/")
+    if name in {"", ".", ".."}:
+        return os.path.realpath(path)
+    if folder not in known:
+        known[folder] = os.path.realpath(folder or "/")
+    real = known[folder].rstrip("/") + "/" + name
+    with suppress(OSError):  # it is not there: who opens it will say so
+        return os.path.realpath(real) if stat.S_ISLNK(os.lstat(real).st_mode) else real
+    return real
 
 
 def fetch(location: str, max_bytes: int, timeout: float) -> bytes:

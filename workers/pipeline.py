@@ -48,10 +48,14 @@ class _Flight:
 
     def texts(self) -> tuple[str, ...]:
         """Every distinct text of the rows."""
+        if len(self.rows) == 1 and len(self.rows[0].texts) == 1:
+            return self.rows[0].texts
         return tuple(dict.fromkeys(text for row in self.rows for text in row.texts))
 
     def split(self) -> None:
         """Leave in `rows` those of the first run: it has one list of answers to choose from, and so many rows."""
+        if len(self.rows) == 1:
+            return
         groups: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
             groups.setdefault(row.candidates, []).append(row)
@@ -138,15 +142,16 @@ class ChunkRun:
 
     def flights(self) -> Iterable[_Flight]:
         """The images to load. Rows that need no work are settled here."""
-        flights: dict[str, _Flight] = {}
+        flights: dict[Any, _Flight] = {}  # by location: an image may have several names
+        places: dict[str, Any] = {}  # by name
         for row in self.rows:
             if isinstance(row, BadRow):
                 self._settle(row, error_row(row, self.job.task, row.code, row.message))
-                continue
-            if (flight := flights.get(row.image)) is not None:
-                flight.rows.append(row)
-            elif (location := self._locate(row)) is not None:
-                flights[row.image] = _Flight(self, location, [row])
+            elif (location := places.get(row.image) or self._locate(row)) is not None:
+                places[row.image] = location
+                if location not in flights:
+                    flights[location] = _Flight(self, location, [])
+                flights[location].rows.append(row)
         yield from flights.values()
 
     def _locate(self, row: Row) -> Any:

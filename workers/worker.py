@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from queue import LifoQueue
 from typing import Any, Final
 
@@ -215,7 +216,7 @@ class Worker:
     ) -> tuple[list[dict[str, Any]], str]:
         """The records of rows, and the sha256 of the weights they come from."""
         checkpoint = self._checkpoint(job, held)
-        context = JobContext(job.spec.task, job.options, checkpoint, job.images.resolve)
+        context = JobContext(job.spec.task, job.options, checkpoint, partial(job.images.resolve, known={}))
         return lane.run(self._run_for(context, rows, held)), checkpoint.weights_sha256
 
     def _checkpoint(self, job: OpenJob, held: Held) -> Checkpoint:

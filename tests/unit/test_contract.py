@@ -107,6 +107,35 @@ def test_files_below_the_manifest_and_nothing_else(folder: Path) -> None:
         assert refused(local, image) == "uri_not_allowed"
 
 
+def test_folders_that_were_looked_at_before(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answers, with one look at a file instead of one at every folder above it."""
+    (folder / "inside").symlink_to(folder / "sub")
+    (folder / "outside").symlink_to(tmp_path)
+    (folder / "sub/b.jpg").symlink_to(folder / "a.jpg")
+    names = ["a.jpg", "sub/b.jpg", "inside/b.jpg", "outside/secret.jpg", "link.jpg", "sub/..", "sub/", "none/x.jpg",
+             "a.jpg/x", "x" * 300, str(folder / "a.jpg"), "/etc/passwd", "./a.jpg", "sub/../a.jpg", "a\0b"]  # fmt: skip
+    local, known = policy(folder), dict[str, str]()
+
+    def outcome(name: str, *known: dict[str, str]) -> str:
+        try:
+            return local.resolve(name, *known)
+        except FetchError as error:
+            return str(error)
+
+    for _ in range(2):
+        assert [outcome(name, known) for name in names] == [outcome(name) for name in names]
+    looks: list[object] = []
+    real = os.lstat
+
+    def seen(path: object) -> os.stat_result:
+        looks.append(path)
+        return real(str(path))
+
+    monkeypatch.setattr(os, "lstat", seen)
+    local.resolve("a.jpg", known)
+    assert looks == [str(folder / "a.jpg")]
+
+
 def test_folders_that_are_allowed_besides(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/link.jpg").symlink_to(tmp_path / "secret.jpg")
@@ -172,9 +201,9 @@ def test_parts_are_checked_against_their_chunk(tmp_path: Path) -> None:
         (good[:-5], "cut off"),
         (good[: good.index(b"\n") + 1], "1 rows instead of 3"),
         (good + good, "6 rows instead of 3"),
-        (good.replace(b'"row": 21', b'"row": 22'), "row 22 where row 21"),
+        (good.replace(b'"row":21', b'"row":22'), "row 22 where row 21"),
         (good.replace(b"crashed", b"bored"), "unknown error code"),
-        (good.replace(b'"error": null', b'"error": {"code": "internal"}', 1), "neither result nor error, or both"),
+        (good.replace(b'"error":null', b'"error":{"code":"internal"}', 1), "neither result nor error, or both"),
         (b"{]\n" + good, "line 1: not a JSON object"),
     ):
         (tmp_path / part_key(2)).write_bytes(content)

@@ -68,6 +68,16 @@ def test_rows_of_one_image_share_its_load_and_its_run() -> None:
     assert sorted(run.texts for run in children.runs) == [("x", "z"), ("y",)]  # the repeated text is run once
 
 
+def test_one_image_under_several_names_is_loaded_once() -> None:
+    children = Children()
+    context = replace(CONTEXT, locate=lambda image: f"/{image.rpartition('/')[2]}")
+    rows = [row(0, "a", "x"), row(1, "./a", "y"), row(2, "b", "z"), row(3, "sub/../a", "w"), row(4, "a", "v")]
+    lane = Lane(range(4), children, children)  # type: ignore[arg-type]
+    assert outcomes(lane.run(ChunkRun(context, rows, lambda: None))) == ["X", "Y", "Z", "W", "V"]
+    assert sorted(children.loads) == ["/a", "/b"]
+    assert len(children.runs) == 2
+
+
 def test_rows_of_one_image_that_choose_from_different_answers_share_its_load_only() -> None:
     children = Children()
     few, more = ("red", "blue"), ("red", "blue", "green")

@@ -11,6 +11,7 @@ from blip_engine.errors import BlipError
 from .cli_jobs import register_jobs
 from .cli_output import register_output
 from .cli_run import Column, given_columns, register
+from .collector import collect_rarely
 from .errors import BlipBatchError
 from .report import EXIT_FAILED, EXIT_INTERRUPTED, print_error, print_json, print_line
 
@@ -112,6 +113,7 @@ register_output(app)
 
 def main() -> None:
     """The console script. Every expected error is one line on standard error, and the contract's exit code."""
+    collect_rarely()
     sys.exit(_run(sys.argv[1:] or ["--help"]))
 
 

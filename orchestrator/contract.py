@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from blip_engine.requests import Task
 
 from .errors import UsageError
+from .fastjson import dumps
 
 ManifestFormat: TypeAlias = Literal[
     "jsonl",  # one object a line
@@ -174,14 +175,11 @@ def _record(
 
 
 def to_line(record: dict[str, Any]) -> bytes:
-    """One record as a line of JSON, newline included; UTF-8, but for lone surrogates, which only escapes can carry.
+    """One record as a line of compact JSON, newline included; UTF-8, and lone surrogates as escapes.
 
     Raises ValueError for NaN and infinities: they are not JSON.
     """
-    try:
-        return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    except UnicodeEncodeError:
-        return json.dumps(record, allow_nan=False).encode() + b"\n"
+    return dumps(record) + b"\n"
 
 
 @dataclass(frozen=True, slots=True)

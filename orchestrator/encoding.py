@@ -19,6 +19,7 @@ from blip_engine.requests import Task
 
 from .contract import ResultFormat, to_line
 from .errors import UsageError
+from .fastjson import loads_for
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,9 +63,10 @@ def decode(data: bytes, results: ResultFormat) -> Iterator[Record]:
         data = _unzipped(data)
     if data and not data.endswith(b"\n"):
         raise ValueError("its last line is cut off")
-    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+    lines, loads = data.split(b"\n")[:-1], loads_for(data)
+    for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = loads(line)
         except ValueError:
             record = None
         if not isinstance(record, dict):

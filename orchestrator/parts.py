@@ -139,7 +139,7 @@ _WAY_OUT: Final = "delete this part and run the job again"
 
 
 def _problem(record: dict[str, Any], expected: int) -> str | None:
-    if set(record) != _FIELDS:
+    if record.keys() != _FIELDS:
         return f"the record of row {expected} has other keys than {', '.join(sorted(_FIELDS))}"
     if record["row"] != expected:
         return f"row {record['row']} where row {expected} belongs"

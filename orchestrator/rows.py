@@ -11,6 +11,7 @@ from blip_engine.requests import Task
 
 from .contract import BadRow, Chunk, ErrorCode, ManifestFormat, Row
 from .errors import ManifestError, UsageError
+from .fastjson import Loads, loads_for
 
 #: Longer texts are refused before any tokenizer sees them; BLIP reads 512 tokens at most.
 MAX_TEXT: Final = 20_000
@@ -61,18 +62,19 @@ def parse_rows(
         raise ManifestError(f"the manifest was changed: {len(lines)} rows where {chunk.rows} were planned")
     if fmt == "ground-truth":
         columns = {"image": "source-ref", **(columns or {})}
-    return [_parse_row(line, chunk.first_row + index, task, fmt, columns) for index, line in enumerate(lines)]
+    loads = loads_for(data, _strict_loads)
+    return [_parse_row(line, number, task, fmt, columns, loads) for number, line in enumerate(lines, chunk.first_row)]
 
 
 BOM: Final = b"\xef\xbb\xbf"
 
 
 def _parse_row(
-    line: bytes, number: int, task: Task, fmt: ManifestFormat, columns: Mapping[str, str] | None
+    line: bytes, number: int, task: Task, fmt: ManifestFormat, columns: Mapping[str, str] | None, loads: Loads
 ) -> Row | BadRow:
     raw: dict[str, Any] = {}
     try:
-        raw = _read_line(line, fmt)
+        raw = _read_line(line, fmt, loads)
         if columns:
             raw = _renamed(raw, columns)
         if fmt in {"csv", "tsv"}:
@@ -102,18 +104,14 @@ def _bad(number: int, error: _BadRowError, raw: dict[str, Any], line: bytes) -> 
     )
 
 
-def _read_line(line: bytes, fmt: ManifestFormat) -> dict[str, Any]:
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise _BadRowError("row_invalid", f"not UTF-8 at byte {error.start} of the line") from None
+def _read_line(line: bytes, fmt: ManifestFormat, loads: Loads) -> dict[str, Any]:
     if fmt == "list":
-        return {"image": text.strip()}
+        return {"image": _text_of(line).strip()}
     if fmt == "s3-batch":
-        return _read_batch_row(text.strip())
+        return _read_batch_row(_text_of(line).strip())
     try:
-        row = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
-        if isinstance(row, dict) and text.count("[") + text.count("{") > 100:
+        row = loads(line)
+        if isinstance(row, dict) and line.count(b"[") + line.count(b"{") > 100:
             json.dumps(row)  # what cannot be nested into a record is refused here
     except RecursionError:
         raise _BadRowError("row_invalid", "the JSON is nested too deeply") from None
@@ -124,6 +122,17 @@ def _read_line(line: bytes, fmt: ManifestFormat) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise _BadRowError("row_invalid", "not a JSON object")
     return row
+
+
+def _text_of(line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise _BadRowError("row_invalid", f"not UTF-8 at byte {error.start} of the line") from None
+
+
+def _strict_loads(line: bytes) -> Any:
+    return json.loads(_text_of(line), parse_constant=_no_constant, parse_float=_finite)
 
 
 def _read_batch_row(text: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 import sys
 
 from orchestrator import logs
+from orchestrator.collector import collect_rarely
 from orchestrator.errors import BlipBatchError
 from orchestrator.settings import load_settings
 
@@ -22,6 +23,7 @@ def main() -> int:
 
         settings = load_settings()
         logs.configure("info", settings.log_format)
+        collect_rarely()
         return run_worker(settings)
     except ImportError as error:
         sys.stderr.write(f"the worker cannot start: {error}; install blip-batch[worker]\n")

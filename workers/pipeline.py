@@ -4,7 +4,6 @@ Each chunk is an event loop in its Celery thread. Images in flight are bounded b
 number of rows; rows of a chunk that share an image share one load and one vision pass.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import Any, Final
 from blip_engine.requests import Options, Result, Task, result_record
 from orchestrator.contract import BadRow, Row, error_row, result_row
 from orchestrator.errors import FetchError
+from orchestrator.fastjson import is_json
 
 from .engine_process import EngineProcess
 from .loader import LoaderPool
@@ -171,7 +171,7 @@ class ChunkRun:
         task = self.job.task
         for row in rows:
             mine = result_record(task, [results[text] for text in row.texts], row.several)
-            if _is_json(mine):
+            if is_json(mine):
                 self._settle(row, result_row(row, task, mine))
             else:
                 self.fail([row], Failure("internal", "the model's result is not a finite number"))
@@ -179,15 +179,6 @@ class ChunkRun:
     def _settle(self, row: Row | BadRow, record: dict[str, Any]) -> None:
         self.records[self._places[row.number]] = record
         self.rows_done += 1
-
-
-def _is_json(value: Any) -> bool:
-    """Whether it holds neither NaN nor infinity."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, dict):
-        return all(map(_is_json, value.values()))
-    return all(map(_is_json, value)) if isinstance(value, list) else True
 
 
 class CarefulRun(ChunkRun):

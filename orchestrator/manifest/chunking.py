@@ -4,8 +4,11 @@ Memory does not grow with the manifest: it is read in blocks, and only chunk bou
 """
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 from typing import Final
 
 from ..contract import Chunk
@@ -13,6 +16,7 @@ from ..errors import ManifestError
 from ..rows import BOM
 
 BLOCK: Final = 8 * 2**20  # bytes read at once
+AHEAD: Final = 3  # blocks on their way: one connection to an object store gives less than is counted meanwhile
 LONGEST_CHUNK: Final = 32 * 2**20  # bytes; a chunk of longer rows has fewer of them
 SMALLEST_CHUNK, LARGEST_CHUNK, AIM_CHUNKS = 16, 512, 64  # rows, rows, chunks
 SMALLEST_WORTH: Final = 64  # rows, where the speed is known
@@ -48,9 +52,8 @@ def scan(read: Callable[[int, int], bytes], size: int, chunk_rows: int) -> Itera
     whole, some = _runs(chunk_rows)
     buffer, base = b"", 0  # bytes not yet in a chunk, and where they begin
     chunk_id = first_row = 0
-    position = 0  # in the manifest, of the next read
-    while position < size or buffer:
-        block = read(position, min(position + BLOCK, size))
+    position = 0  # in the manifest, of the next block
+    for block in _blocks(read, size):
         position += len(block)
         buffer += block
         if base == 0 and buffer.startswith(BOM):
@@ -65,9 +68,22 @@ def scan(read: Callable[[int, int], bytes], size: int, chunk_rows: int) -> Itera
                 break
             yield Chunk(chunk_id, base + at, base + found.end(), first_row, rows)
             at, chunk_id, first_row = found.end(), chunk_id + 1, first_row + rows
-        if position >= size:
-            return
         buffer, base = buffer[at:], base + at
+
+
+def _blocks(read: Callable[[int, int], bytes], size: int) -> Iterator[bytes]:
+    """The manifest's bytes in order. While one block is looked at, the next ones are on their way."""
+    starts = iter(range(0, size, BLOCK))
+    with ThreadPoolExecutor(AHEAD, thread_name_prefix="manifest") as pool:
+
+        def reads(count: int) -> Iterator["Future[bytes]"]:
+            return (pool.submit(read, start, min(start + BLOCK, size)) for start in islice(starts, count))
+
+        coming = deque(reads(AHEAD))
+        while coming:
+            block = coming.popleft().result()
+            coming.extend(reads(1))
+            yield block
 
 
 def _shorter_run(

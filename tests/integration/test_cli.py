@@ -166,7 +166,7 @@ def test_verify_finds_what_is_wrong(tmp_path: Path) -> None:
     assert report["problems"] == ["summary.json is missing: the job is not complete"]
     assert (report["rows_found"], report["rows_planned"], report["complete"]) == (25, 25, False)
     part = out / part_key(1)
-    part.write_text(part.read_text().replace('"row": 14', '"row": 15'))
+    part.write_text(part.read_text().replace('"row":14', '"row":15'))
     (out / part_key(2)).unlink()
     (out / part_key(7)).write_text("")
     done = blip_batch("verify", out)

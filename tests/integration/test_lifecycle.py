@@ -218,7 +218,7 @@ def test_verify_sees_what_is_wrong_with_a_round(settings: Settings, controller: 
     folder = tmp_path / "out/rounds/1"
     part = folder / "part-00000002.jsonl"
     good = part.read_bytes()
-    part.write_bytes(good.replace(b'"row": 23', b'"row": 24'))
+    part.write_bytes(good.replace(b'"row":23', b'"row":24'))
     (folder / "part-00000099.jsonl").write_text("")
     (folder / "part-00000004.jsonl").unlink()
     problems = "\n".join(verify(str(tmp_path / "out")).problems)

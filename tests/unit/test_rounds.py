@@ -100,9 +100,7 @@ def test_a_part_that_does_not_fit_its_round_is_named(tmp_path: Path) -> None:
     assert list(zip(this.chunks, this.rows, strict=True)) == [(0, 2), (1, 1)]
     work(plan, this.chunks, set(), this)
     first = tmp_path / "out" / part_key(1)
-    first.write_bytes(
-        first.read_bytes().replace(b'"error": {"code": "crashed", "message": "round 0"}', b'"error": null')
-    )
+    first.write_bytes(first.read_bytes().replace(b'"error":{"code":"crashed","message":"round 0"}', b'"error":null'))
     with pytest.raises(PartError, match=r"part-00000001\.jsonl: row 4 has neither result nor error"):
         list(latest_records(plan))
     with pytest.raises(PartError, match="0 rows have no result, round 1 was begun with 1"):

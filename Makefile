@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 demo: $(VENV)/worker.stamp ## draw pictures; caption, question and match them; show how often the model is right
 	$(BIN)/blip-batch demo --output demo $(DEMO_ARGS)
 
-test: $(VENV)/dev.stamp ## the whole test suite, against real servers
+test: $(VENV)/dev.stamp $(VENV)/prometheus/promtool ## the whole test suite, against real servers
 	$(BIN)/python -m pytest -q $(TEST_ARGS)
 
 lint: $(VENV)/dev.stamp ## style, types, the rule of imports
@@ -40,6 +40,10 @@ clean:
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+# Where it cannot be had, a line says how, and the tests that need it fail with that line.
+$(VENV)/prometheus/promtool: | $(BIN)/python
+	-sh tests/get_prometheus.sh $(@D)
 
 $(VENV)/worker.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker]'

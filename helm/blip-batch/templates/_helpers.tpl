@@ -296,3 +296,10 @@ protected-mode yes
 {{ toYaml . }}
 {{- end }}
 {{- end }}
+
+{{/* Of the largest pool: no more workers are asked for. */}}
+{{- define "blip.mostWorkers" -}}
+{{- $most := 1 }}
+{{- range include "blip.pools" . | fromJson }}{{ $most = max $most .autoscaling.max }}{{ end }}
+{{- $most }}
+{{- end }}

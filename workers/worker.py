@@ -8,6 +8,7 @@ control loop once its lease has run out.
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
@@ -243,7 +244,7 @@ class Worker:
         """The usual run; row by row when a worker died over this chunk before."""
 
         def check() -> None:
-            held.rows_done = run.rows_done
+            held.rows_done = this.rows_done
             self._check(held, len(rows))
 
         def blame(row: int) -> None:
@@ -255,6 +256,7 @@ class Worker:
             if held.lease.attempt == 1
             else CarefulRun(context, rows, check, blame, self._condemned(rows, held.lease))
         )
+        this = weakref.proxy(run)  # no cycle: its records go as soon as they are written
         return run
 
     def _condemned(self, rows: list[Row | BadRow], lease: Lease) -> Mapping[int, str]:

@@ -75,6 +75,10 @@ def test_prometheus_is_the_other_trigger() -> None:
         "ignoreNullValues": "false",
     }  # fmt: skip
     assert "authenticationRef" not in trigger
+    (other,) = scaled(
+        None, "autoscaling.keda.trigger=prometheus", "autoscaling.keda.prometheus.serverAddress=http://p:9090"
+    ).values()
+    assert other["triggers"][0]["metadata"]["query"] == 'max(blip_backlog_rows{namespace="ns"})'
 
 
 def test_without_keda_an_hpa_keeps_at_least_one() -> None:
@@ -231,6 +235,8 @@ def test_the_files_of_rules_and_dashboards_arrive_as_they_are() -> None:
     documents = render("production")
     rules = sorted((CHART / "rules").glob("*.yaml"))
     boards = sorted((CHART / "dashboards").glob("*.json"))
+    assert rules
+    assert boards
     for path in rules:
         document = named(documents, "PrometheusRule", f"rel-blip-batch-{path.stem}")
         assert document["spec"] == yaml.safe_load(path.read_text(encoding="utf-8"))

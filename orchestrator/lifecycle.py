@@ -150,13 +150,17 @@ def backlog(
 
     Everything that is in no finished part counts, in flight or not; a job that is not planned yet as one row, so that a
     worker is there when it is; of one that is paused or being cancelled only what workers still hold.
-    `models`: only jobs that workers with BLIP_MODELS=`models` take; `without`: only jobs that such workers do not take.
+    `models`: only jobs that workers with BLIP_MODELS=`models` take. `without`: only jobs that none of these kinds of
+    workers takes; of each, its models with a plus between.
     """
+    own = [model for pair in models for model in pair.split("+")]
     workers, busy = ledger.live_workers(), set[str]()
     left = []
     for job in ledger.active_jobs():
         spec, state = ledger.spec(job), ledger.state(job)
-        if spec is None or state is None or (models and not serves(models, spec.model)) or serves(without, spec.model):
+        if spec is None or state is None or (own and not serves(own, spec.model)):
+            continue
+        if any(serves(pool.split("+"), spec.model) for pool in without):
             continue
         at_work = ledger.at_work(job)
         busy.update(at_work)

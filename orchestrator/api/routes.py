@@ -158,7 +158,8 @@ class Routes:
             list[str] | None, Query(description="only jobs that workers with BLIP_MODELS=these take; repeatable")
         ] = None,
         without_model: Annotated[
-            list[str] | None, Query(description="only jobs that workers with BLIP_MODELS=these do not take; repeatable")
+            list[str] | None,
+            Query(description="only jobs that no pool of these (A+B) takes; one for each pool"),
         ] = None,
     ) -> dict[str, Any]:
         """For autoscalers: chunks in flight and jobs that are not planned yet count, so it is 0 at the end only."""

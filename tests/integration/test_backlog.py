@@ -13,7 +13,7 @@ from mini_worker import MiniWorker
 
 from orchestrator import lifecycle
 from orchestrator.control import Controller
-from orchestrator.jobs import submit
+from orchestrator.jobs import make_spec, submit
 from orchestrator.settings import Settings
 
 
@@ -122,3 +122,20 @@ def test_pools_ask_for_their_own_jobs(
     assert numbers(api, model=["owner/a", "owner/b"])[:2] == (60, 6)
     assert numbers(api, without_model=["owner/a"])[:2] == (50, 5)
     assert numbers(api, model=["owner/none"]) == (0, 0, 0)
+
+
+def test_a_job_of_two_models_belongs_to_a_pool_with_both(
+    api: httpx.Client, settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    manifest = write_manifest(tmp_path, 10)
+    spec = make_spec(str(manifest), "capfilt", str(tmp_path / "out"), model="owner/a+owner/b")
+    submit(controller.ledger, spec, settings)
+    for _ in range(100):
+        controller.step()
+        if numbers(api)[0] == 10:
+            break
+    assert numbers(api, model=["owner/a+owner/b"])[0] == 10
+    assert numbers(api, model=["owner/b", "owner/a", "owner/c"])[0] == 10
+    assert numbers(api, model=["owner/a"]) == (0, 0, 0)
+    assert numbers(api, without_model=["owner/a", "owner/b"])[0] == 10  # neither pool could do it alone
+    assert numbers(api, without_model=["owner/a+owner/b"]) == (0, 0, 0)

@@ -60,7 +60,7 @@ def test_every_pool_asks_for_its_own_models_and_one_for_the_others() -> None:
     large = "Salesforce/blip-image-captioning-large"
     assert asked == {
         "captions": {"model": [large]}, "clean": {"model": [pair]}, "cpu": {"model": ["demo", "/models/own"]},
-        "default": {"without_model": [large, pair, "demo", "/models/own"]},
+        "default": {"without_model": [large, pair, "demo+/models/own"]},
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,20 +233,22 @@ def agreement(workload: Workload, peer: Theirs, ours: Any, theirs: Any) -> float
     return statistics.mean(mine.token_ids == tuple(row) for mine, row in zip(ours, rows, strict=True))
 
 
-def run_task(task: Task, names: Sequence[str], given: argparse.Namespace) -> list[dict[str, Any]]:
-    """The workloads of one task, on one checkpoint."""
+def run_task(task: Task, names: Sequence[str], given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The workloads of one task, on one checkpoint, each as soon as it is measured."""
     device = common.settle_process(given)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = common.random_checkpoint(Path(folder), task, given.model)
         ours = Ours(checkpoint, task, given)
         # transformers forces the image's width on the answering decoder, which reads the question's.
         theirs = None if (task, given.model) == ("vqa", "large") else Theirs(checkpoint, task, device)
-    rows = []
     for name in names:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        rows.append(compare(ours, theirs, WORKLOADS[name], given))
+        print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
+        row = compare(ours, theirs, WORKLOADS[name], given)
+        print(
+            f"{row['ours']:.3g} {row['unit']}, ratio {row.get('ratio', float('nan')):.2f}", file=sys.stderr, flush=True
+        )
+        yield row
     ours.engine.close()
-    return rows
 
 
 def parse(arguments_given: Sequence[str] | None) -> argparse.Namespace:
@@ -287,12 +289,13 @@ def main(arguments_given: Sequence[str] | None = None) -> None:
     rows = []
     for task in TASKS:
         names = [name for name in given.workloads if WORKLOADS[name].task == task]
-        rows += run_task(task, names, given) if names else []
+        for row in run_task(task, names, given) if names else ():
+            rows.append(row)
+            common.write_json(given.json, facts, rows=rows)  # what is measured is kept, come what may
     common.print_table(
         ("workload", "unit", "ours", "transformers", "its setting", "ratio", "spread", "same"),
         [table_row(row) for row in rows],
     )
-    common.write_json(given.json, facts, rows=rows)
 
 
 def table_row(row: dict[str, Any]) -> list[object]:

@@ -1,7 +1,7 @@
-"""`blip-batch list`, `status`, `watch`, `errors`, `pause`, `resume`, `cancel`, `retry`: jobs of a cluster.
+"""`blip-batch submit`, `list`, `status`, `watch`, `errors`, `pause`, `resume`, `cancel`, `retry`: jobs of a cluster.
 
-They work on the coordination Redis of BLIP_REDIS_URL, and on the outputs where a command needs them. Heavy imports
-wait inside.
+They go through the HTTP API at BLIP_API_URL, or, without that, through the Redis at BLIP_REDIS_URL (`backends`). Heavy
+imports wait inside.
 """
 
 import json
@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from .report import EXIT_FAILED, EXIT_INTERRUPTED, exit_code, print_json, print_line
+from .cli_run import Column, given_columns, given_options
+from .report import EXIT_INTERRUPTED, exit_code, print_json, print_line
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .ledger import Ledger
-    from .settings import Settings
+    from .backends import Backend, Change
 
 _ENDED: Final = frozenset({"completed", "failed", "cancelled"})  # contract.ENDED, without its imports
 
 
 def _known_jobs(incomplete: str) -> list[str]:
-    """Job ids for the shell's completion; none where Redis does not answer."""
+    """Job ids for the shell's completion; none where nobody answers."""
     from .errors import BlipBatchError  # noqa: PLC0415
 
     try:
-        with _ledger() as (ledger, _):
-            return [job for job in ledger.jobs() if job.startswith(incomplete)]
+        with _backend() as backend:
+            return [job["id"] for job in backend.jobs() if job["id"].startswith(incomplete)]
     except BlipBatchError:  # a shell that waits for a word is no place for messages
         return []
 
@@ -42,29 +42,51 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.
 def register_jobs(app: typer.Typer) -> None:
     """Adds the commands to `blip-batch`."""
     app.command(name="list")(list_)
-    for command in (status, watch, errors, pause, resume, cancel, retry):
+    for command in (submit, status, watch, errors, pause, resume, cancel, retry):
         app.command()(command)
 
 
 @contextmanager
-def _ledger() -> "Iterator[tuple[Ledger, Settings]]":
-    from .ledger import Ledger  # noqa: PLC0415
-    from .settings import load_settings  # noqa: PLC0415
+def _backend() -> "Iterator[Backend]":
+    from .backends import connected  # noqa: PLC0415
 
-    settings = load_settings()
-    ledger = Ledger.connect(settings)
-    try:
-        yield ledger, settings
-    finally:
-        ledger.close()
+    with connected() as backend:
+        yield backend
+
+
+def submit(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
+    manifest: Annotated[str, typer.Argument(help="s3:// URI, or a path that the orchestrator and the workers see.")],
+    task: Annotated[str, typer.Option(help="caption, vqa, itm, embed or capfilt.")],
+    output: Annotated[str, typer.Option(help="s3:// prefix or folder for the results.")],
+    model: Annotated[
+        str | None, typer.Option(help="Hub repository[@revision], directory, or demo; capfilt takes CAPTIONER+FILTER.")
+    ] = None,
+    option: Annotated[list[str] | None, typer.Option(help="An option of the task, name=value; repeatable.")] = None,
+    manifest_format: Annotated[str | None, typer.Option("--format", help="Instead of detection.")] = None,
+    column: Column = None,
+    weight: Annotated[float, typer.Option(help="Its share of the workers, against other jobs' weights.")] = 1.0,
+    chunk_rows: Annotated[int | None, typer.Option(help="Rows in each part.")] = None,
+    results: Annotated[str, typer.Option(help="jsonl, jsonl.gz or parquet: what the parts are written as.")] = "jsonl",
+    max_error_ratio: Annotated[float, typer.Option(help="Stop above it, after 1,000 rows.")] = 0.5,
+    wait: Annotated[bool, typer.Option("--wait", help="Until the job has ended; the exit code tells how.")] = False,
+) -> None:
+    """Send a job to the cluster, and print its id. The same command again goes on with the same job."""
+    job = {
+        "manifest": manifest, "task": task, "output": output, "model": model, "manifest_format": manifest_format,
+        "columns": given_columns(column), "options": given_options(option), "weight": weight, "chunk_rows": chunk_rows,
+        "results": results, "max_error_ratio": max_error_ratio,
+    }  # fmt: skip
+    with _backend() as backend:
+        made = backend.submit(job)
+        print_line(made)
+        if wait:
+            _wait(backend, made)
 
 
 def list_(as_json: JsonFlag = False) -> None:
     """All known jobs, the oldest first."""
-    from .lifecycle import list_jobs  # noqa: PLC0415
-
-    with _ledger() as (ledger, settings):
-        jobs = list_jobs(ledger, settings)
+    with _backend() as backend:
+        jobs = list(backend.jobs())
     if as_json:
         print_json(jobs)
         return
@@ -76,10 +98,8 @@ def list_(as_json: JsonFlag = False) -> None:
 
 def status(job: Job, as_json: JsonFlag = False) -> None:
     """How far a job is, how fast, when it will be done, what it costs, and what failed."""
-    from .lifecycle import read_status  # noqa: PLC0415
-
-    with _ledger() as (ledger, settings):
-        view = read_status(ledger, settings, job)
+    with _backend() as backend:
+        view = backend.status(job)
     if as_json:
         print_json(view)
         return
@@ -125,13 +145,11 @@ def watch(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a look, each on a line.")] = False,
 ) -> None:
     """A live table of a job, until it has ended; then the exit code tells how. Ctrl-C leaves the job at work."""
-    from .lifecycle import read_status  # noqa: PLC0415
-
-    with _ledger() as (ledger, settings), _shown(as_json) as show:
+    with _backend() as backend, _shown(as_json) as show:
         try:
             while True:
-                view = read_status(ledger, settings, job)
-                show(view, ledger.live_workers())
+                view = backend.status(job)
+                show(view)
                 if view["status"] in _ENDED:
                     break
                 time.sleep(interval)
@@ -141,25 +159,25 @@ def watch(
 
 
 @contextmanager
-def _shown(as_json: bool) -> Iterator[Callable[[dict[str, Any], dict[str, dict[str, Any]]], None]]:
+def _shown(as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What shows a job and the live workers: a table that is drawn over, or lines of JSON."""
     if as_json:
-        yield lambda view, workers: print_line(json.dumps({**view, "live_workers": workers}))
+        yield lambda view: print_line(json.dumps(view))
         return
     from rich.console import Console  # noqa: PLC0415
     from rich.live import Live  # noqa: PLC0415
 
     with Live(console=Console(), auto_refresh=False) as live:
-        yield lambda view, workers: live.update(_table(view, workers), refresh=True)
+        yield lambda view: live.update(_table(view), refresh=True)
 
 
-def _table(view: dict[str, Any], workers: dict[str, dict[str, Any]]) -> "Table":
+def _table(view: dict[str, Any]) -> "Table":
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(title=view["id"], show_header=False, title_justify="left")
     for name, value in _lines(view):
         table.add_row(name, value)
-    for name, info in sorted(workers.items()):
+    for name, info in sorted(view["live_workers"].items()):
         models = ", ".join(info.get("models", ())) or "no model yet"
         table.add_row("worker", f"{name}: {info.get('slots', 1)} slots, {models}")
     return table
@@ -172,10 +190,9 @@ def errors(
 ) -> None:
     """The rows that have failed so far, each with its code and message."""
     from .contract import to_line  # noqa: PLC0415
-    from .lifecycle import errors as failed_rows  # noqa: PLC0415
 
-    with _ledger() as (ledger, settings):
-        for number, record in enumerate(failed_rows(ledger, settings, job), 1):
+    with _backend() as backend:
+        for number, record in enumerate(backend.errors(job), 1):
             if as_json:
                 sys.stdout.write(to_line(record).decode())
             else:
@@ -186,28 +203,22 @@ def errors(
 
 def pause(job: Job) -> None:
     """Hand out nothing more of a job until `resume`; finished work is kept."""
-    from .lifecycle import pause as change  # noqa: PLC0415
-
-    _do(change, job, "paused")
+    _change(job, "pause", "paused")
 
 
 def resume(job: Job) -> None:
     """Go on with a job that is paused, cancelled or failed, from its finished parts."""
-    from .lifecycle import resume as change  # noqa: PLC0415
-
-    _do(change, job, "resumed")
+    _change(job, "resume", "resumed")
 
 
 def cancel(job: Job) -> None:
     """End a job as soon as its workers let go; finished work is kept."""
-    from .lifecycle import cancel as change  # noqa: PLC0415
-
-    _do(change, job, "cancelling")
+    _change(job, "cancel", "cancelling")
 
 
-def _do(change: "Callable[[Ledger, str], None]", job: str, done: str) -> None:
-    with _ledger() as (ledger, _):
-        change(ledger, job)
+def _change(job: str, change: "Change", done: str) -> None:
+    with _backend() as backend:
+        backend.change(job, change)
     print_line(f"{job} {done}")
 
 
@@ -216,17 +227,20 @@ def retry(
     wait: Annotated[bool, typer.Option("--wait", help="Until the round has ended; the exit code tells how.")] = False,
 ) -> None:
     """Do the rows that failed again, in a new round, merged into the same results."""
-    from .lifecycle import read_status  # noqa: PLC0415
-    from .lifecycle import retry as begin  # noqa: PLC0415
-
-    with _ledger() as (ledger, settings):
-        begun = begin(ledger, settings, job)
+    with _backend() as backend:
+        begun = backend.retry(job)
         print_line(f"{job} round {begun.round}: {begun.rows} rows")
-        if not wait:
-            return
-        while (view := read_status(ledger, settings, job))["status"] not in _ENDED:
+        if wait:
+            _wait(backend, job)
+
+
+def _wait(backend: "Backend", job: str) -> None:
+    """Until the job has ended; then the exit code tells how. Ctrl-C leaves it at work."""
+    try:
+        while (view := backend.status(job))["status"] not in _ENDED:
             time.sleep(0.5)
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     if view["error"]:
         typer.echo(f"Error: {view['error']['message']}", err=True)
-        raise typer.Exit(EXIT_FAILED)
     raise typer.Exit(exit_code(view["status"], view["request_counts"]["failed"]))

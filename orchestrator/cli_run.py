@@ -63,7 +63,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
 
     spec = make_spec(
         manifest, task, output, model=model, manifest_format=manifest_format, columns=given_columns(column),
-        options=_options(option or []), chunk_rows=chunk_rows, results=results, max_error_ratio=max_error_ratio,
+        options=given_options(option), chunk_rows=chunk_rows, results=results, max_error_ratio=max_error_ratio,
     )  # fmt: skip
     if retry:
         _retry(spec)
@@ -135,10 +135,10 @@ def given_columns(given: Sequence[str] | None) -> dict[str, str]:
     return columns
 
 
-def _options(given: Sequence[str]) -> dict[str, Any]:
+def given_options(given: Sequence[str] | None) -> dict[str, Any]:
     """`name=value` as a mapping; values are JSON where they can be, else text. Raises UsageError."""
     options: dict[str, Any] = {}
-    for text in given:
+    for text in given or ():
         name, equals, value = text.partition("=")
         if not name or not equals:
             raise UsageError(f"--option {text}: write name=value")

@@ -6,7 +6,7 @@ import threading
 from time import monotonic
 from typing import Final
 
-from .api import ApiServer
+from .api.server import ApiServer
 from .control import Controller
 from .errors import UsageError
 from .logs import LEVELS, configure

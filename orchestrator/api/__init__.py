@@ -1,6 +1,5 @@
-"""The HTTP API: FastAPI, served beside the control loop. All of its state is in Redis, so any orchestrator answers."""
+"""The HTTP API: FastAPI, served beside the control loop. All of its state is in Redis, so any orchestrator answers.
 
-from .app import create_app
-from .server import ApiServer
-
-__all__ = ["ApiServer", "create_app"]
+`server` runs it, `app` puts it together, `routes` has its handlers, `models` what goes over the wire, `guard` the token
+and the limits, `problems` its errors.
+"""

@@ -5,12 +5,12 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
-from prometheus_client import REGISTRY, CollectorRegistry
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ..ledger import Ledger
+from ..metrics import exposition, make_registry
 from ..settings import Settings
 from .guard import Guard
 from .models import Health, Problem
@@ -29,12 +29,10 @@ def create_app(
     *,
     ailing: Callable[[], str | None] = lambda: None,
     stopping: Callable[[], bool] = lambda: False,
-    registry: CollectorRegistry = REGISTRY,
 ) -> FastAPI:
     """The API as an ASGI app.
 
-    `ailing` tells what is wrong with the control loop, if anything is; `stopping` whether streams should end;
-    `registry` has what /metrics tells.
+    `ailing` tells what is wrong with the control loop, if anything is; `stopping` whether streams should end.
     """
     app = FastAPI(
         title="blip-batch", version=version("blip-batch"), description=_ABOUT, docs_url=None, redoc_url=None,
@@ -44,7 +42,7 @@ def create_app(
     app.add_middleware(Guard, settings=settings)
     app.include_router(Routes(ledger, settings, stopping).router())
     _add_probes(app, ledger, ailing)
-    _add_metrics(app, registry)
+    _add_metrics(app, make_registry(ledger, settings))
     _add_problem_to_document(app)
     return app
 
@@ -67,8 +65,8 @@ def _add_metrics(app: FastAPI, registry: CollectorRegistry) -> None:
     @app.get("/metrics", summary="For Prometheus", response_class=Response,
              responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})  # fmt: skip
     def metrics(request: Request) -> Response:
-        encode, media_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), media_type=media_type)
+        body, media_type = exposition(registry, request.headers.get("accept", ""))
+        return Response(body, media_type=media_type)
 
 
 def _add_problem_to_document(app: FastAPI) -> None:

@@ -37,10 +37,11 @@ class ApiServer:
         )  # fmt: skip
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="api", daemon=True)
         token = "no token is asked for" if settings.api_token in {"", NO_TOKEN} else "with a token"
-        log.info("API at http://%s:%d, %s", settings.api_host, self.port, token)
+        self._where = f"http://{settings.api_host}:{self.port}, {token}"
 
     def start(self) -> None:
         self._thread.start()
+        log.info("API at %s", self._where)
 
     @property
     def alive(self) -> bool:

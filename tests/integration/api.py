@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import httpx
 from mini_worker import MiniWorker
 
-from orchestrator.api import ApiServer
+from orchestrator.api.server import ApiServer
 from orchestrator.control import Controller
 from orchestrator.settings import Settings
 

@@ -19,8 +19,9 @@ lint: $(VENV)/dev.stamp ## style, types, the rule of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(VENV)/worker.stamp ## docs/api.md from the docstrings
+docs: $(VENV)/worker.stamp ## docs/api.md from the docstrings; Grafana's dashboards from their panels
 	$(BIN)/python docs/generate_api.py
+	$(BIN)/python docs/generate_dashboards.py
 
 # Which and how: BENCH_ARGS='--model large --repeats 9 --json figures.json'; each says its flags with --help.
 bench: $(VENV)/dev.stamp ## speed against transformers on this machine; takes minutes

@@ -106,7 +106,7 @@ OVERVIEW: Final = (
         [("sum by (outcome) (rate(blip_rows_total{N}[R]))", "{{outcome}}")], "rps",
     ),
     Panel(
-        "Backlog", "Rows left, and chunks handed out.",
+        "Backlog over time", "Rows left, and chunks handed out.",
         [("max(blip_backlog_rows{N})", "rows"), ("max(blip_inflight_chunks{N})", "chunks in flight")],
     ),
     Panel(
@@ -164,7 +164,7 @@ ENGINE: Final = (
     ),
     Panel(
         "Device time of a row by stage", "Mean, by task and stage.",
-        [("sum by (task, stage) (rate(blip_engine_seconds_sum{N}[R])) / on (task) group_left "
+        [("sum by (task, stage) (rate(blip_engine_seconds_sum{N}[R])) / on (task) group_left () "
           "(sum by (task) (rate(blip_batch_rows_sum{N}[R])) > 0)", "{{task}} {{stage}}")], "s",
     ),
     Panel("GPU use", "As NVML tells.", [("blip_gpu_utilization_ratio{N}", "{{instance}}")], "percentunit"),

@@ -1,0 +1,153 @@
+"""A real Prometheus scrapes a real run: every panel of the dashboards has data, and a stall raises its alert."""
+
+import json
+import re
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from monitoring import Prometheus, Sample, promtool
+from servers import RedisServer, free_port
+from system import Cluster, children, stopped, write_images, write_rows
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "helm" / "blip-batch"
+RULES = yaml.safe_load((CHART / "rules" / "blip-batch.yaml").read_text())
+ROWS = 8000  # so many that the job outlasts the tests; each takes 20 ms
+#: Panels whose queries have no data in a run without a GPU: NVML alone knows these numbers.
+GPU_PANELS = {"GPU use", "GPU memory"}
+
+
+@dataclass
+class Run:
+    """A system at work, and who watches it."""
+
+    cluster: Cluster
+    prometheus: Prometheus
+    api: int  # ports
+    worker: int
+    job: str
+
+    def metrics(self, port: int) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            return bytes(answer.read())
+
+
+def quick(rules: dict[str, Any]) -> dict[str, Any]:
+    """The same rules for a test's patience: seconds for the minutes that the stall is about."""
+    text = yaml.safe_dump(rules)
+    for minutes, seconds in (("> 900", "> 6"), ("> 600", "> 6"), ("for: 5m", "for: 2s"), ("for: 2m", "for: 2s")):
+        assert minutes in text
+        text = text.replace(minutes, seconds)
+    return dict(yaml.safe_load(text))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A job of slow rows, some of which fail, on a real orchestrator and worker, with the dry engine."""
+    folder = tmp_path_factory.mktemp("run")
+    redis = RedisServer(folder)
+    redis.start()
+    api, worker = free_port(), free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLIP_REDIS_URL", redis.url)
+        cluster = Cluster(folder)
+    prometheus = Prometheus(folder, {"orchestrator": [api], "workers": [worker]}, quick(RULES))
+    try:
+        cluster.start("orchestrator", BLIP_API_PORT=str(api), BLIP_PRICE_PER_WORKER_HOUR="2.5")
+        cluster.start_worker(BLIP_METRICS_PORT=str(worker), BLIP_LEASE_SECONDS="8", BLIP_ENGINE_TIMEOUT_SECONDS="60")
+        prometheus.start()
+        write_images(folder, 50)
+        rows = [
+            {"image": f"{n % 50}.png" if n % 7 else f"absent-{n}.png", "prompt": f"order:slow {n}"} for n in range(ROWS)
+        ]
+        spec = cluster.submit(write_rows(folder / "rows.jsonl", rows), folder / "out", chunk_rows=20)  # type: ignore[arg-type]
+        yield Run(cluster, prometheus, api, worker, spec.id)
+    finally:
+        prometheus.kill()
+        cluster.close()
+        redis.kill()
+
+
+def dashboards() -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (f"{path.stem}: {panel['title']}", panel)
+        for path in sorted((CHART / "dashboards").glob("*.json"))
+        for panel in json.loads(path.read_text())["panels"]
+    ]
+
+
+def is_number(sample: Sample) -> bool:
+    return sample["value"][1] not in {"NaN", "+Inf", "-Inf"}
+
+
+def substituted(expression: str) -> str:
+    """As Grafana would ask, with everything selected."""
+    found = expression.replace("$namespace", ".*").replace("$__rate_interval", "6s")
+    assert "$" not in found
+    return found
+
+
+@pytest.mark.parametrize("port", ["api", "worker"])
+def test_promtool_finds_nothing_to_say_about_an_endpoint(run: Run, port: str) -> None:
+    run.prometheus.until("blip_chunk_seconds_count > 0")
+    found = promtool("check", "metrics", stdin=run.metrics(getattr(run, port)))
+    assert (found.returncode, found.stdout + found.stderr) == (0, b"")
+
+
+def test_prometheus_scrapes_both_without_a_complaint(run: Run) -> None:
+    run.prometheus.until("up == 1", holds=lambda found: len(found) == 2)
+    targets = run.prometheus.ask("targets")["activeTargets"]
+    assert {target["health"] for target in targets} == {"up"}
+    assert {target["lastError"] for target in targets} == {""}
+
+
+@pytest.mark.parametrize(("title", "panel"), dashboards(), ids=[title for title, _ in dashboards()])
+def test_every_panel_has_data(run: Run, title: str, panel: dict[str, Any]) -> None:
+    for target in panel["targets"]:
+        expression = substituted(target["expr"])
+        if panel["title"] in GPU_PANELS:
+            run.prometheus.query(expression)  # it can be asked
+            continue
+        found = run.prometheus.until(expression, holds=lambda found: bool(found) and all(map(is_number, found)))
+        names = re.findall(r"{{(\w+)}}", target["legendFormat"])
+        assert all(set(names) <= sample["metric"].keys() for sample in found), "the legend names absent labels"
+
+
+def test_recording_rules_have_data(run: Run) -> None:
+    for rule in (rule for group in RULES["groups"] for rule in group["rules"] if "record" in rule):
+        run.prometheus.until(rule["record"])
+
+
+def test_the_numbers_are_those_of_the_ledger(run: Run) -> None:
+    run.prometheus.until("blip_rows_done_total > 100")
+    progress = run.cluster.ledger.progress(run.job)
+    assert progress is not None
+    done = float(run.prometheus.query("max(blip_rows_done_total)")[0]["value"][1])
+    assert done <= progress.completed + progress.failed <= done + 400  # a scrape and a cache behind
+    left = float(run.prometheus.query("max(blip_backlog_rows) + max(blip_rows_done_total)")[0]["value"][1])
+    assert left == pytest.approx(ROWS, abs=1)
+
+
+def test_a_stall_raises_its_alerts_and_its_end_lowers_them(run: Run) -> None:
+    """The worker is stopped as a whole: it cannot even answer a scrape. What the orchestrator sees must do."""
+    run.prometheus.until("blip_live_workers > 0 and blip_rows_done_total > 0")
+    assert run.prometheus.query('ALERTS{alertname="BlipJobStalled", alertstate="firing"}') == []
+    with stopped(psutil.Process(run.cluster.processes[1].pid)):
+        (alert,) = run.prometheus.until('ALERTS{alertname="BlipJobStalled", alertstate="firing"}')
+        assert alert["metric"]["severity"] == "critical"
+        assert run.prometheus.query('ALERTS{alertname="BlipOrchestratorAbsent", alertstate="firing"}') == []
+    run.prometheus.until('ALERTS{alertname="BlipJobStalled"}', holds=lambda found: not found)
+
+
+def test_an_engine_that_hangs_is_seen_at_its_worker(run: Run) -> None:
+    run.prometheus.until("blip_worker_chunks > 0")
+    (engine,) = children(run.cluster.processes[1].pid, "engine")
+    with stopped(engine):
+        (alert,) = run.prometheus.until('ALERTS{alertname="BlipWorkerNotProgressing", alertstate="firing"}')
+        assert alert["metric"]["instance"] == f"127.0.0.1:{run.worker}"

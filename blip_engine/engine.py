@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias, cast
@@ -129,8 +129,12 @@ class Engine:
         if task not in TASKS:
             raise CheckpointError(f"checkpoints are made for {', '.join(TASKS)}; {task!r} uses theirs")
         checkpoint = find_checkpoint(model, task=task)
-        resident: ResidentModel[Any] = ResidentModel(checkpoint, task, self.device, self.dtype, image_size, self._int8)
-        info = ModelInfo(name, task, model, checkpoint.revision, checkpoint.weights_sha256(), resident.image_size)
+        with ThreadPoolExecutor(1) as beside:  # half a second for a base model
+            digest = beside.submit(checkpoint.weights_sha256)
+            resident: ResidentModel[Any] = ResidentModel(
+                checkpoint, task, self.device, self.dtype, image_size, self._int8
+            )
+        info = ModelInfo(name, task, model, checkpoint.revision, digest.result(), resident.image_size)
         self._runners[name] = runner_for(task, resident)
         if task == "itm":
             self._embedders[name] = EmbedRunner(resident)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .checkpoint import SAFETENSORS_FILE, Checkpoint, HubOptions, check_tensors, find_checkpoint
 from .config import CONFIG_FILE, BlipConfig, BlipTextConfig, BlipVisionConfig
@@ -132,7 +133,7 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
         tensors = {k: v for k, v in checkpoint.read().items() if not k.endswith(".position_ids")}
         tensors = cls.adapted(checkpoint.source, config, tensors)
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _Unfilled():
                 model = cls(config)
         except (TypeError, ValueError, RuntimeError) as error:
             line = str(error).splitlines()[0]
@@ -173,6 +174,17 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
                 del state[alias]
         save_file({k: v.contiguous() for k, v in state.items()}, weights, metadata={"format": "pt"})
         weights.chmod(written.stat().st_mode)  # safetensors lets nobody else read it, whatever the umask says
+
+
+class _Unfilled(TorchFunctionMode):
+    """Draws no random weights: on the meta device they are of no use, and torch imports its compiler for them (1 s)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (nn.init.normal_, Tensor.normal_):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def initialise_module(module: nn.Module, std: float) -> None:

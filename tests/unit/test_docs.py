@@ -12,7 +12,9 @@ from orchestrator.cli import app
 from orchestrator.contract import ErrorCode
 from orchestrator.settings import Settings
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -52,3 +54,19 @@ def test_every_error_code_is_listed() -> None:
 
 def test_nothing_waits_to_be_filled_in() -> None:
     assert "@@" not in README
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        name, _, heading = target.partition("#")
+        other = (page.parent / name).resolve() if name else page
+        assert other.exists(), target
+        if heading:
+            assert heading in {_anchor(title) for title in re.findall(r"^#+ (.+)$", other.read_text(), re.MULTILINE)}
+
+
+def _anchor(title: str) -> str:
+    """As GitHub makes it of a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")

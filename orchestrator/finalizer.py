@@ -10,10 +10,9 @@ from typing import Any, Final
 from .contract import JobSpec, JobState, to_line
 from .parts import PartInfo, as_manifest_row, count_codes
 from .plan import Plan
-from .rounds import MergedChunk, is_complete, load_rounds, merged_chunks
+from .rounds import SUMMARY_KEY, MergedChunk, is_complete, load_rounds, merged_chunks
 
 ERRORS_KEY: Final = "errors.jsonl"
-SUMMARY_KEY: Final = "summary.json"
 
 
 @dataclass

@@ -23,6 +23,7 @@ from .parts import CheckedPart, PartError, PartInfo, check, chunk_of, describe, 
 from .plan import Plan
 from .storage import Store
 
+SUMMARY_KEY: Final = "summary.json"  # what `finalizer` writes once every part is there
 _READERS: Final = 8
 _WINDOW: Final = 2 * _READERS  # chunks held in memory at once
 
@@ -101,17 +102,37 @@ def begin_round(plan: Plan, rounds: Sequence[Round]) -> Round | None:
 
 
 def _unresolved(plan: Plan, rounds: Sequence[Round]) -> Iterator[tuple[int, int]]:
-    """Each chunk and its rows without a result: the failed ones of its last part, all where that is missing."""
+    """Each chunk and its rows without a result: the failed ones of its last part, all where that is missing.
+
+    The summary of a job that was complete tells them; parts that it does not know are asked one by one.
+    """
+    known, present = _summed_up(plan, len(rounds)), [present_chunks(plan, n) for n in range(len(rounds) + 1)]
 
     def look(chunk: Chunk) -> tuple[int, int]:
         number, rows = last_part(chunk, rounds)
-        part = describe(plan.store, part_key(chunk.id, number, plan.results))
+        key = part_key(chunk.id, number, plan.results)
+        if chunk.id not in present[number]:
+            return chunk.id, rows
+        if key in known:
+            return chunk.id, known[key]
+        part = describe(plan.store, key)
         return chunk.id, rows if part is None else part.failed
 
     chunks = plan.all_chunks()
     with ThreadPoolExecutor(_READERS, thread_name_prefix="parts") as pool:
         while window := list(islice(chunks, 32 * _READERS)):
             yield from pool.map(look, window)
+
+
+def _summed_up(plan: Plan, number: int) -> dict[str, int]:
+    """The failed rows of each part, by key, as the summary of round `number` has them; none where there is none."""
+    try:
+        summary = json.loads(plan.store.get(SUMMARY_KEY))
+        if summary.get("round", 0) == number:
+            return {part["key"]: int(part["failed"]) for part in summary["parts"]}
+    except (ObjectNotFound, ValueError, TypeError, KeyError, AttributeError):  # the parts themselves tell
+        pass
+    return {}
 
 
 def last_part(chunk: Chunk, rounds: Sequence[Round]) -> tuple[int, int]:

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from .errors import ObjectNotFound, StorageError, UsageError
-from .finalizer import SUMMARY_KEY, Totals
+from .finalizer import Totals
 from .parts import PREFIX, PartError, PartInfo, chunk_of, part_key, part_prefix
 from .plan import Plan, load_plan
-from .rounds import Round, last_part, load_rounds, merged_chunk, round_key
+from .rounds import SUMMARY_KEY, Round, last_part, load_rounds, merged_chunk, round_key
 from .settings import Settings, load_settings
 from .storage import open_store
 

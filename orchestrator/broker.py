@@ -11,6 +11,7 @@ from redis.exceptions import RedisError
 from .contract import Hint
 from .errors import RedisUnavailable
 from .ledger import QUEUE as QUEUE  # noqa: PLC0414 -- workers take it from here
+from .redis_url import broker
 from .settings import Settings
 
 TASK_NAME: Final = "blip.process_chunk"
@@ -40,9 +41,14 @@ _CONFIGURATION: Final[dict[str, Any]] = {
 
 
 def make_celery(settings: Settings) -> Celery:
-    """The Celery application of publishers and workers. There is no result backend: results are parts in storage."""
-    app = Celery("blip", broker=settings.redis_url, set_as_current=False)
+    """The Celery application of publishers and workers. There is no result backend: results are parts in storage.
+
+    Raises UsageError for a URL that is none.
+    """
+    url, options = broker(settings.redis_url)
+    app = Celery("blip", broker=url, set_as_current=False)
     app.conf.update(_CONFIGURATION)
+    app.conf.broker_transport_options = _CONFIGURATION["broker_transport_options"] | options
     return app
 
 

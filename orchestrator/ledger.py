@@ -40,8 +40,9 @@ from redis.backoff import ExponentialWithJitterBackoff  # type: ignore[attr-defi
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from . import redis_url
 from .contract import Hint, JobSpec, JobState, Progress, Status
-from .errors import JobConflict, JobError, RedisUnavailable, UsageError
+from .errors import JobConflict, JobError, RedisUnavailable
 from .settings import Settings
 
 QUEUE: Final = "blip"
@@ -100,15 +101,12 @@ class Ledger:
     @classmethod
     def connect(cls, settings: Settings) -> "Ledger":
         """Raises UsageError for a URL that is none. Does not touch the network yet."""
-        try:
-            client = redis.Redis.from_url(
-                settings.redis_url, decode_responses=True, socket_timeout=10, socket_connect_timeout=5,
-                socket_keepalive=True, health_check_interval=25,
-                retry=Retry(ExponentialWithJitterBackoff(cap=1.0, base=0.1), 3),
-            )  # fmt: skip
-        except ValueError as error:
-            raise UsageError(f"setting BLIP_REDIS_URL: {error}") from None
-        return cls(client, settings)
+        found = redis_url.client(
+            settings.redis_url, decode_responses=True, socket_timeout=10, socket_connect_timeout=5,
+            socket_keepalive=True, health_check_interval=25,
+            retry=Retry(ExponentialWithJitterBackoff(cap=1.0, base=0.1), 3),
+        )  # fmt: skip
+        return cls(found, settings)
 
     def _run(self, script: str, *args: object) -> Any:
         return self._ask(lambda: self._scripts[script](args=[str(arg) for arg in args]))

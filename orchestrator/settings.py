@@ -13,7 +13,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="BLIP_", frozen=True, extra="ignore")
 
-    redis_url: str = "redis://127.0.0.1:6379/0"  # the coordination Redis (redis://, rediss://, unix://)
+    redis_url: str = "redis://127.0.0.1:6379/0"  # the coordination Redis (redis://, rediss://, unix://, sentinel://)
 
     # Leases and the control loop (seconds).
     lease_seconds: float = Field(default=60, gt=0)  # a silent worker's chunk is given away after this long

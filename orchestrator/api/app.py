@@ -40,7 +40,7 @@ def create_app(
     )  # fmt: skip
     install(app)
     app.add_middleware(Guard, settings=settings)
-    app.include_router(Routes(ledger, settings, stopping).router())
+    Routes(ledger, settings, stopping).add_to(app)
     _add_probes(app, ledger, ailing)
     _add_metrics(app, make_registry(ledger, settings))
     _add_problem_to_document(app)

@@ -96,6 +96,15 @@ class JobPage(BaseModel):
     next: str | None = Field(description="`after` for the next page; null: there is none")
 
 
+class JobQuery(BaseModel):
+    """Which page of the jobs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    after: str | None = Field(None, description="a job's id; the page begins with the next one")
+    limit: int = Field(100, ge=1, le=1000)
+
+
 class RetryBegun(BaseModel):
     """The round of a retry."""
 
@@ -128,6 +137,26 @@ class ErrorPage(BaseModel):
 
     data: list[ErrorRecord]
     next_row: int | None = Field(description="`first_row` of the next page; null: that was all")
+
+
+class ErrorQuery(BaseModel):
+    """Which page of the failed rows."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    first_row: int = Field(0, ge=0, lt=2**53)
+    limit: int = Field(100, ge=1, le=1000)
+
+
+class BacklogQuery(BaseModel):
+    """Of which jobs. Both are repeatable, and a value may name several models (A+B)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: list[str] = Field(default_factory=list, description="only jobs that workers with BLIP_MODELS=these take")
+    without_model: list[str] = Field(
+        default_factory=list, description="only jobs that no pool of these (A+B) takes; one for each pool"
+    )
 
 
 class Backlog(BaseModel):

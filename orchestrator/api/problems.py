@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Route
 
 from ..errors import (
     BlipBatchError,
@@ -54,7 +55,8 @@ _OF_STATUS: Final = {400: "malformed", 404: "not_found", 405: "method_not_allowe
 RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     status: {"description": text, "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}}
     for status, text in {
-        401: "no token, or a wrong one", 404: "no such job", 409: "the job or its output does not allow it",
+        400: "the body is not JSON", 401: "no token, or a wrong one",
+        404: "no such job", 409: "the job or its output does not allow it",
         413: "the body is too large", 422: "the request cannot be right",
         503: "it cannot answer now: Redis, the object store or the control loop does not",
     }.items()
@@ -105,11 +107,19 @@ def _invalid(_: Request, error: Exception) -> Response:
     return problem("invalid", f"{place}{given}: {first['msg']}")
 
 
-def _refused(_: Request, error: Exception) -> Response:
+def _refused(request: Request, error: Exception) -> Response:
     """What the framework refuses by itself: no such path or method, a body that cannot be read."""
     if not isinstance(error, HTTPException):
         raise error
-    return problem(_OF_STATUS.get(error.status_code, "invalid"), str(error.detail), error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # the framework names the methods of one of the path's routes
+        headers["Allow"] = ", ".join(sorted(_methods_at(request.app, request.url.path)))
+    return problem(_OF_STATUS.get(error.status_code, "invalid"), str(error.detail), headers)
+
+
+def _methods_at(app: FastAPI, path: str) -> set[str]:
+    here = [route for route in app.routes if isinstance(route, Route) and route.path_regex.match(path)]
+    return {method for route in here for method in route.methods or ()}
 
 
 def _bug(request: Request, error: Exception) -> Response:

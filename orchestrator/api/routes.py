@@ -4,11 +4,13 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
+from functools import partial
 from time import monotonic
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Path, Query, Request, Response, Security
+from fastapi import FastAPI, Path, Query, Request, Response, Security
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
@@ -18,17 +20,41 @@ from ..errors import RedisUnavailable, UnknownJob
 from ..jobs import check_remote, make_spec, submit
 from ..ledger import Ledger
 from ..settings import Settings
-from .models import Backlog, ErrorPage, JobDetail, JobPage, RetryBegun, Submission
+from .models import (
+    Backlog,
+    BacklogQuery,
+    ErrorPage,
+    ErrorQuery,
+    ErrorRecord,
+    JobDetail,
+    JobPage,
+    JobQuery,
+    RetryBegun,
+    Submission,
+)  # fmt: skip
 from .problems import responses
 
 LOOK_SECONDS: Final = 0.5  # between two looks at a job whose events are streamed
 HEARTBEAT_SECONDS: Final = 15.0  # proxies close connections that are silent for longer
 NDJSON: Final = "application/x-ndjson"
-_MOST_JOBS: Final = 1000  # of a page
-
 JobId = Annotated[str, Path(description="the job's id")]
 #: For the document; `guard` has looked at the token before anything else.
 _BEARER: Final = HTTPBearer(auto_error=False, scheme_name="token", description="BLIP_API_TOKEN")
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+#: An event, as OpenAPI 3.2 tells of streams.
+_EVENT: Final = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"const": "job"},
+        "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": _reference(JobDetail)},
+    },
+}
 
 
 class Routes:
@@ -37,32 +63,31 @@ class Routes:
     def __init__(self, ledger: Ledger, settings: Settings, stopping: Callable[[], bool]) -> None:
         self._ledger, self._settings, self._stopping = ledger, settings, stopping
 
-    def router(self) -> APIRouter:
-        router = APIRouter(prefix="/v1", dependencies=[Security(_BEARER)])
-        add = router.add_api_route
-        add("/jobs", self.submit, methods=["POST"], status_code=201, response_model=JobDetail, summary="Submit a job",
+    def add_to(self, app: FastAPI) -> None:
+        add = partial(app.add_api_route, dependencies=[Security(_BEARER)])
+        add("/v1/jobs", self.submit, methods=["POST"], status_code=201, response_model=JobDetail,
+            summary="Submit a job",
             responses={200: {"description": "The job is known, and goes on", "model": JobDetail},
-                       **responses(409, 413, 422)})  # fmt: skip
-        add("/jobs", self.jobs, methods=["GET"], response_model=JobPage, summary="All jobs, the oldest first",
+                       **responses(400, 409, 413, 422)})  # fmt: skip
+        add("/v1/jobs", self.jobs, methods=["GET"], response_model=JobPage, summary="All jobs, the oldest first",
             responses=responses(404, 422))  # fmt: skip
-        add("/jobs/{job}", self.job, methods=["GET"], response_model=JobDetail, summary="A job",
+        add("/v1/jobs/{job}", self.job, methods=["GET"], response_model=JobDetail, summary="A job",
             responses=responses(404))  # fmt: skip
         for name, action in (("cancel", self.cancel), ("pause", self.pause), ("resume", self.resume)):
-            add(f"/jobs/{{job}}/{name}", action, methods=["POST"], response_model=JobDetail,
+            add(f"/v1/jobs/{{job}}/{name}", action, methods=["POST"], response_model=JobDetail,
                 summary=f"{name.capitalize()} a job", responses=responses(404, 409))  # fmt: skip
-        add("/jobs/{job}/retry", self.retry, methods=["POST"], response_model=RetryBegun,
+        add("/v1/jobs/{job}/retry", self.retry, methods=["POST"], response_model=RetryBegun,
             summary="Do the failed rows again, in a new round", responses=responses(404, 409, 422))  # fmt: skip
-        add("/jobs/{job}/errors", self.errors, methods=["GET"], response_model=ErrorPage,
+        add("/v1/jobs/{job}/errors", self.errors, methods=["GET"], response_model=ErrorPage,
             summary="The rows that failed so far",
-            responses={200: {"content": {NDJSON: {"schema": {"type": "string"}}}, "description": "error records"},
+            responses={200: {"content": {NDJSON: {"itemSchema": _reference(ErrorRecord)}}, "description": "a page"},
                        **responses(404, 409, 422)})  # fmt: skip
-        add("/jobs/{job}/events", self.events, methods=["GET"], response_class=StreamingResponse,
+        add("/v1/jobs/{job}/events", self.events, methods=["GET"], response_class=StreamingResponse,
             summary="The job whenever it changes, until it has ended, as server-sent events",
-            responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}},
-                             "description": "`event: job`, `data:` a job"}, **responses(404)})  # fmt: skip
-        add("/backlog", self.backlog, methods=["GET"], response_model=Backlog,
+            responses={200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}, "description": "jobs"},
+                       **responses(404)})  # fmt: skip
+        add("/v1/backlog", self.backlog, methods=["GET"], response_model=Backlog,
             summary="What is left to do, and the workers for it", responses=responses(422))  # fmt: skip
-        return router
 
     def submit(self, submission: Submission, response: Response) -> dict[str, Any]:
         """Idempotent: the id is made of what is asked for, so the same body again goes on with the same job."""
@@ -74,17 +99,13 @@ class Routes:
         response.headers["Location"] = f"/v1/jobs/{job}"
         return self.job(job)
 
-    def jobs(
-        self,
-        after: Annotated[str | None, Query(description="a job's id; the page begins with the next one")] = None,
-        limit: Annotated[int, Query(ge=1, le=_MOST_JOBS)] = 100,
-    ) -> dict[str, Any]:
-        known = self._ledger.jobs()
+    def jobs(self, query: Annotated[JobQuery, Query()]) -> dict[str, Any]:
+        known, after = self._ledger.jobs(), query.after
         if after is not None and after not in known:
             raise UnknownJob(f"after={after[:80]}: no such job")
         begin = 0 if after is None else known.index(after) + 1
-        chosen = known[begin : begin + limit]
-        more = begin + limit < len(known)
+        chosen = known[begin : begin + query.limit]
+        more = begin + query.limit < len(known)
         data = lifecycle.list_jobs(self._ledger, self._settings, chosen)
         return {"data": data, "next": chosen[-1] if more else None}
 
@@ -111,21 +132,15 @@ class Routes:
         begun = lifecycle.retry(self._ledger, self._settings, job)
         return {**asdict(begun), "job": self.job(job)}
 
-    def errors(
-        self,
-        job: JobId,
-        request: Request,
-        first_row: Annotated[int, Query(ge=0, lt=2**53)] = 0,
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    ) -> Any:
+    def errors(self, job: JobId, request: Request, query: Annotated[ErrorQuery, Query()]) -> Any:
         """Only a row's latest outcome counts. Go on while `next_row` is not null, also after a short page.
 
         With `Accept: application/x-ndjson` all of them, one a line; a body that does not end properly is not whole.
         """
         if NDJSON in request.headers.get("accept", ""):
-            records = lifecycle.errors(self._ledger, self._settings, job, first_row)
+            records = lifecycle.errors(self._ledger, self._settings, job, query.first_row)
             return StreamingResponse(map(to_line, records), media_type=NDJSON)
-        data, next_row = lifecycle.error_page(self._ledger, self._settings, job, first_row, limit)
+        data, next_row = lifecycle.error_page(self._ledger, self._settings, job, query.first_row, query.limit)
         return {"data": data, "next_row": next_row}
 
     def events(self, job: JobId) -> Response:
@@ -152,19 +167,9 @@ class Routes:
                 spoke = monotonic()
                 yield b": still here\n\n"
 
-    def backlog(
-        self,
-        model: Annotated[
-            list[str] | None, Query(description="only jobs that workers with BLIP_MODELS=these take; repeatable")
-        ] = None,
-        without_model: Annotated[
-            list[str] | None,
-            Query(description="only jobs that no pool of these (A+B) takes; one for each pool"),
-        ] = None,
-    ) -> dict[str, Any]:
+    def backlog(self, query: Annotated[BacklogQuery, Query()]) -> dict[str, Any]:
         """For autoscalers: chunks in flight and jobs that are not planned yet count, so it is 0 at the end only."""
-        found = lifecycle.backlog(self._ledger, self._settings, model or (), without_model or ())
-        return asdict(found)
+        return asdict(lifecycle.backlog(self._ledger, self._settings, query.model, query.without_model))
 
 
 def _event(view: dict[str, Any]) -> bytes:

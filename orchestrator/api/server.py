@@ -68,6 +68,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(128)  # requests wait until the server is up, and are not refused
     except OSError as error:
         if listener is not None:
             listener.close()

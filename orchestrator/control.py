@@ -22,6 +22,7 @@ from .errors import BlipBatchError, JobError, ManifestError, RedisUnavailable, S
 from .finalizer import finalize
 from .jobs import claim_output, complete_job_record
 from .ledger import Ledger, StaleEpochError
+from .logs import fields
 from .manifest import require_rows
 from .parts import PartInfo, describe, part_key
 from .plan import Plan, load_plan, make_plan
@@ -83,6 +84,8 @@ class Controller:
         self._specs: dict[str, JobSpec] = {}  # unfinished jobs: what brings them back to a Redis that lost everything
         self._works: dict[str, Work] = {}
         self._recorded: set[str] = set()  # jobs whose job.json has the model
+        self._paused: set[str] = set()  # as last seen
+        self._to_pause: set[str] = set()  # those of them that Redis lost: once they are rebuilt
         self._slow = ThreadPoolExecutor(4, thread_name_prefix="plan-and-finalize")
         self._running: dict[str, Future[None]] = {}
         self._next_reconcile = 0.0
@@ -116,7 +119,8 @@ class Controller:
         this = self._new_step(epoch, jobs)
         try:
             for spec, state in jobs:
-                self._guarded(spec, epoch, lambda: self._advance(spec, state, this))  # noqa: B023 -- called at once
+                with fields(job=spec.id):
+                    self._guarded(spec, epoch, lambda: self._advance(spec, state, this))  # noqa: B023 -- called at once
         except StaleEpochError:
             return False
         return True
@@ -129,6 +133,7 @@ class Controller:
                 log.warning("%s: Redis lost this job; rebuilding it from storage", job)
                 self.ledger.create_job(self._specs[job])
                 active.append(job)
+                self._to_pause |= {job} & self._paused
             else:
                 self._forget(job)
         found = []
@@ -137,12 +142,14 @@ class Controller:
             if spec is not None and state is not None:
                 self._specs[job] = spec
                 found.append((spec, state))
+        self._paused = {spec.id for spec, state in found if state.status == "paused"}
         return found
 
     def _forget(self, job: str) -> None:
         self._specs.pop(job, None)
         self._works.pop(job, None)
         self._recorded.discard(job)
+        self._to_pause.discard(job)
 
     def _new_step(self, epoch: str, jobs: Sequence[tuple[JobSpec, JobState]]) -> Step:
         working = [(spec, state) for spec, state in jobs if state.status == "in_progress"]
@@ -242,7 +249,8 @@ class Controller:
 
     def _run_slow(self, spec: JobSpec, epoch: str, task: Callable[[JobSpec, str], None]) -> None:
         try:
-            self._guarded(spec, epoch, lambda: task(spec, epoch))
+            with fields(job=spec.id):
+                self._guarded(spec, epoch, lambda: task(spec, epoch))
         except (StaleEpochError, RedisUnavailable) as error:  # the job's status is as before: begun again later
             log.warning("%s: %s", spec.id, error)
 
@@ -287,6 +295,9 @@ class Controller:
         if state is not None:
             complete_job_record(store, plan, state)
         self.ledger.set_status(spec.id, "in_progress", epoch=epoch)
+        if spec.id in self._to_pause:
+            self.ledger.set_status(spec.id, "paused", epoch=epoch)
+            self._to_pause.discard(spec.id)
 
     def _restore(self, job: str, epoch: str, work: Work) -> None:
         """Tells the ledger what there is to do, and what of it storage holds already."""

@@ -40,6 +40,8 @@ class Gpu:
 def _handle(nvml: Any, index: int) -> Any:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     chosen = str(index) if visible is None else visible.split(",")[index].strip()
+    if not chosen:
+        raise LookupError("CUDA_VISIBLE_DEVICES hides every GPU")
     if chosen.isdecimal():
         return nvml.nvmlDeviceGetHandleByIndex(int(chosen))
     return nvml.nvmlDeviceGetHandleByUUID(chosen)

@@ -237,3 +237,14 @@ def test_logs_of_a_worker_and_its_children(cluster: Cluster, tmp_path: Path) -> 
         assert line.items() >= {"job": spec.id, "attempt": 1, "rows": 20, "failed": 0, "level": "info"}.items()
     assert len(lines) < 15  # none per row
     assert "a-token-that-is-secret" not in text
+
+
+def test_logs_of_an_orchestrator(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.start("orchestrator", BLIP_LOG_FORMAT="json")
+    (tmp_path / "empty.jsonl").touch()
+    spec = cluster.submit(tmp_path / "empty.jsonl", tmp_path / "out")
+    assert cluster.until_ended(spec.id).status == "failed"
+    lines = [json.loads(line) for line in (cluster.folder / "orchestrator-0.log").read_text().splitlines()]
+    (failed,) = [line for line in lines if line["level"] == "error"]
+    assert failed["job"] == spec.id
+    assert "empty.jsonl" in failed["message"]

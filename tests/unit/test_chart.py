@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ SETS = [None, *VALUE_SETS]
 SWITCHES = (
     ("hpa", None, ("autoscaling.kind=hpa",)),
     ("no-autoscaling", None, ("autoscaling.kind=none",)),
-    ("prometheus", "multi-model", (
+    ("prometheus", "production", (
         "autoscaling.keda.trigger=prometheus", "autoscaling.keda.prometheus.serverAddress=http://prometheus:9090",
     )),
     ("open", None, ("networkPolicy.enabled=false", "serviceAccounts.worker.create=false")),
@@ -88,6 +89,8 @@ def _strict(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     closed = {key: _strict(value) for key, value in schema.items()}
+    if isinstance(schema.get("pattern"), str):  # Go's regular expressions take a flag anywhere
+        closed["pattern"] = re.sub(r"^\^\(\?i\)", "(?i)^", schema["pattern"])
     if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
         closed["properties"] = {name: _strict(value) for name, value in schema["properties"].items()}
         if not schema["properties"].keys() - {"apiVersion", "kind", "metadata", "spec", "status"}:

@@ -71,14 +71,22 @@ def test_prometheus_is_the_other_trigger() -> None:
     ).values()  # fmt: skip
     (trigger,) = spec["triggers"]
     assert trigger["metadata"] == {
-        "serverAddress": "http://p:9090", "query": 'blip_backlog_rows{pool="a"}', "threshold": "20000",
+        "serverAddress": "http://p:9090", "query": 'blip_backlog_rows{pool="a"}', "threshold": "1",
         "ignoreNullValues": "false",
     }  # fmt: skip
     assert "authenticationRef" not in trigger
     (other,) = scaled(
         None, "autoscaling.keda.trigger=prometheus", "autoscaling.keda.prometheus.serverAddress=http://p:9090"
     ).values()
-    assert other["triggers"][0]["metadata"]["query"] == 'max(blip_backlog_rows{namespace="ns"})'
+    assert other["triggers"][0]["metadata"]["query"] == 'max(blip_desired_workers{namespace="ns"})'
+
+
+def test_pools_do_not_share_a_query_of_prometheus() -> None:
+    with pytest.raises(helm().HelmError, match=r"workerPools\.\w+\.autoscaling\.query: with several pools"):
+        render(
+            "multi-model", "autoscaling.keda.trigger=prometheus",
+            "autoscaling.keda.prometheus.serverAddress=http://p:9090",
+        )  # fmt: skip
 
 
 def test_without_keda_an_hpa_keeps_at_least_one() -> None:

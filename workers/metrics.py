@@ -29,11 +29,11 @@ from .messages import Loaded
 CHUNK_OUTCOMES: Final = ("committed", "duplicate", "dropped", "abandoned", "put_back", "failed", "left")
 
 # Bounds from measured times: a file on disk is read in less than a millisecond, an object of S3 in 5 to 100, a time-out
-# takes 30 s; a photograph is decoded in 3 to 100 ms; a batch takes from 10 ms (small models, a GPU) to 30 s (large
-# ones, a CPU); chunks are cut to take half a minute.
-_FETCH: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-_DECODE: Final = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 4.0, 16.0, 60.0)
-_ENGINE: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+# takes 30 s; a drawing is decoded in 0.1 ms, a photograph in 3 to 100; a batch takes from 10 ms (small models, a GPU)
+# to 30 s (large ones, a CPU); chunks are cut to take half a minute.
+_FETCH: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_DECODE: Final = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 4.0, 16.0, 60.0)
+_ENGINE: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _CHUNK: Final = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 300.0, 600.0)
 _BATCH: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 

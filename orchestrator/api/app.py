@@ -70,15 +70,19 @@ def _add_metrics(app: FastAPI, registry: CollectorRegistry) -> None:
 
 
 def _add_problem_to_document(app: FastAPI) -> None:
-    """Problems are no response models of any route, so the framework does not know their schema."""
+    """Problems are no response models of any route, and the framework's own errors are never sent."""
     made = app.openapi
 
     def document() -> dict[str, Any]:
         schema = made()
-        schemas = schema.setdefault("components", {}).setdefault("schemas", {})
-        schemas["Problem"] = Problem.model_json_schema()
-        for name in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(name, None)
+        schemas = schema["components"]["schemas"]
+        if "Problem" not in schemas:
+            schemas["Problem"] = Problem.model_json_schema()
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            for operation in (operation for item in schema["paths"].values() for operation in item.values()):
+                if "HTTPValidationError" in str(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
         return schema
 
     app.openapi = document  # type: ignore[method-assign]

@@ -18,6 +18,7 @@ import pytest
 from api import TOKEN, at_work, http, problem, serving
 from harness import advance, caption_spec, ended, write_manifest
 from mini_worker import MiniWorker
+from openapi_spec_validator import validate
 from prometheus_client.parser import text_string_to_metric_families
 from servers import MotoServer, RedisServer
 
@@ -327,6 +328,7 @@ def test_the_probes_and_the_document_are_open(url: str) -> None:
             *((method, path.replace("/j/", "/{job}/")) for method, path in ROUTES if path[-2:] not in {"/j", "ng"}),
             ("GET", "/v1/jobs/{job}"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"),
         }  # fmt: skip
+        validate(document)
         assert "blip_backlog_rows" in {
             family.name for family in text_string_to_metric_families(api.get("/metrics").text)
         }

@@ -79,6 +79,8 @@ def url(settings: Settings, controller: Controller, s3_server: object) -> Iterat
 @schema.parametrize()
 def test_no_input_is_a_bug_and_every_answer_is_as_documented(case: schemathesis.Case, url: str) -> None:
     answer = case.call(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30)
+    if answer.text == "Invalid HTTP request received.":
+        return  # a header that HTTP does not allow: uvicorn's own answer, before any app
     case.validate_response(answer, excluded_checks=[unsupported_method, *EXCLUDED.get(case.operation.label, ())])
     assert answer.status_code < 500
     if answer.status_code >= 400:

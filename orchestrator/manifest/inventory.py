@@ -143,10 +143,16 @@ def _csv(where: str, part: Source, wanted: str, inventory: _Inventory) -> Iterat
                 bucket, key, latest, deleted = (None if index is None else cells[index] for index in at)
                 yield bucket, unquote_plus(str(key), errors="strict"), latest or None, deleted
         except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+            _read_out(raw)
+            _check_sum(f"{where}: {part.uri}", wanted, digest.hexdigest())  # another file than was listed: says more
             raise ManifestError(f"{where}: {part.uri}: line {reader.line_num}: {error}") from None
-        while raw.read(2**20):  # what follows the compressed data
-            pass
+        _read_out(raw)  # what follows the compressed data
     _check_sum(f"{where}: {part.uri}", wanted, digest.hexdigest())
+
+
+def _read_out(raw: StoredFile) -> None:
+    while raw.read(2**20):
+        pass
 
 
 def _columnar(where: str, part: Source, wanted: str, inventory: _Inventory) -> Iterator[tuple[Any, ...]]:

@@ -298,6 +298,43 @@ def test_an_overwritten_manifest_is_noticed_by_the_control_loop_too(
     assert state.error["code"] == "manifest_changed"
 
 
+def test_a_paused_job_that_redis_lost_stays_paused(
+    redis_server: RedisServer, settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    job = submit(controller.ledger, caption_spec(write_manifest(tmp_path, 60), tmp_path / "out"), settings)
+    worker = MiniWorker(settings)
+    advance(controller, job, lambda state: state.chunks_done == 2, worker)
+    controller.ledger.set_status(job, "paused")
+    controller.step()
+    redis_server.client().flushall()
+    state = advance(controller, job, lambda state: state.status == "paused")
+    assert (state.chunks, state.chunks_done) == (6, 2)
+    for _ in range(5):  # hints that were out meanwhile are dropped
+        controller.step()
+        if hint := worker.take():
+            worker.work(hint)
+    assert controller.ledger.state(job) == state
+    assert controller.ledger.set_status(job, "in_progress")
+    assert advance(controller, job, ended, worker).status == "completed"
+    assert rows_of(tmp_path / "out") == list(range(60))
+
+
+def test_a_job_that_raced_for_another_ones_output_fails(
+    settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    """Both looked before either had written job.json; the one that wrote it first keeps the output."""
+    manifest = write_manifest(tmp_path, 20)
+    first = caption_spec(manifest, tmp_path / "out")
+    other = caption_spec(manifest, tmp_path / "out", options={"num_beams": 1})
+    advance(controller, submit(controller.ledger, first, settings), ended, MiniWorker(settings))
+    assert controller.ledger.create_job(other)
+    state = advance(controller, other.id, ended)
+    assert state.error is not None
+    assert state.error["code"] == "output_taken"
+    assert "holds a job with options" in state.error["message"]
+    assert rows_of(tmp_path / "out") == list(range(20))
+
+
 def test_a_part_that_vanished_is_computed_again(settings: Settings, controller: Controller, tmp_path: Path) -> None:
     job = submit(controller.ledger, caption_spec(write_manifest(tmp_path, 40), tmp_path / "out"), settings)
     worker = MiniWorker(settings)

@@ -78,12 +78,14 @@ def test_every_kind_of_inventory_from_manifest_to_results(cluster: Cluster) -> N
         record = json.loads(open_store(output).get("job.json"))
         assert record["manifest"]["format"] == "s3-inventory"
     manifest = put_inventory("CSV")
-    open_store("s3://blip").put(manifest["files"][1]["key"], WRITERS["CSV"](OBJECTS[:2]))
-    state = cluster.until_ended(cluster.submit(MANIFEST, "s3://blip/refused").id)
-    assert state.error is not None
-    assert state.error["code"] == "manifest_invalid"
-    assert "MD5 checksum" in state.error["message"]
-    assert not list(open_store("s3://blip/refused").list("results/"))
+    key = manifest["files"][1]["key"]
+    for number, other in enumerate([WRITERS["CSV"](OBJECTS[:2]), open_store("s3://blip").get(key)[::-1]]):
+        open_store("s3://blip").put(key, other)
+        state = cluster.until_ended(cluster.submit(MANIFEST, f"s3://blip/refused-{number}").id)
+        assert state.error is not None
+        assert state.error["code"] == "manifest_invalid"
+        assert "MD5 checksum" in state.error["message"]
+        assert not list(open_store(f"s3://blip/refused-{number}").list("results/"))
 
 
 def test_a_manifest_of_everything_that_can_be_wrong_with_rows(

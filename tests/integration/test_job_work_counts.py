@@ -1,5 +1,6 @@
 """What a job costs its servers, counted and not timed: requests to S3, calls of Redis, bytes in Redis."""
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from orchestrator.jobs import submit
 from orchestrator.manifest.chunking import AHEAD, BLOCK, scan
 from orchestrator.plan import PAGE_CHUNKS, load_plan
 from orchestrator.s3 import s3_client
+from orchestrator.scheduling import LEAST_IN_FLIGHT
 from orchestrator.settings import Settings
 from orchestrator.storage import open_store
 from orchestrator.verify import verify
@@ -193,3 +195,36 @@ def test_redis_holds_little_of_a_huge_job(
     held = client.info("memory")["used_memory"] - before
     client.close()
     assert held <= 2_500_000, held
+
+
+def test_chunks_of_a_huge_job_that_a_small_one_waits_for(
+    settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    """Fairness in chunks: those that were handed out already, and then at most one for each of its own."""
+    worker, worked = MiniWorker(settings), list[str]()
+
+    def work(job: str, until: str) -> int:
+        """Steps, a hint after each, until the job's state; how many hints of others were done."""
+        before = len(worked)
+        for _ in range(400):
+            controller.step()
+            state = controller.ledger.state(job)
+            if state is not None and (state.ended or state.status == until or str(state.chunks_done) == until):
+                return sum(done != job for done in worked[before:])
+            if hint := worker.take():
+                worker.work(hint)
+                worked.append(hint.job)
+            else:
+                time.sleep(0.01)  # planning takes a moment
+        raise AssertionError(f"{state}, {Counter(worked)}")
+
+    for name, rows in ("huge", 20_000), ("small", 40):
+        (tmp_path / name).mkdir()
+        write_manifest(tmp_path / name, rows)
+    huge = submit(controller.ledger, caption_spec(tmp_path / "huge/rows.jsonl", tmp_path / "a"), settings)
+    work(huge, "10")
+    small = submit(controller.ledger, caption_spec(tmp_path / "small/rows.jsonl", tmp_path / "b"), settings)
+    while controller.ledger.state(small).status == "validating":  # type: ignore[union-attr]
+        controller.step()
+        time.sleep(0.01)
+    assert work(small, "completed") <= LEAST_IN_FLIGHT + 4

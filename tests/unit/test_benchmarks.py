@@ -55,3 +55,35 @@ def test_pipeline(tmp_path: Path) -> None:
     (repeat,) = figures(tmp_path, "pipeline", "--quick", "--task", "itm", "--store", "s3")["repeats"]
     assert all(repeat[rate] > 0 for rate in ("engine", "steady", "whole"))
     assert {"engine", "loaders", "worker", "redis"} <= repeat["cpu_seconds"].keys()
+
+
+def orchestrator(tmp_path: Path, mode: str) -> Any:
+    command = [sys.executable, "-m", "benchmarks.orchestrator", mode, "--quick", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| --- |" in done.stdout
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert {"processor", "cores", "commit", "command"} <= document["machine"].keys()
+    (found,) = document["repeats"]
+    return found
+
+
+def test_orchestrator_plan(tmp_path: Path) -> None:
+    found = orchestrator(tmp_path, "plan")
+    assert (found["rows"], found["chunks"], found["leased"]) == (1_000_000, 1954, 1954)
+    assert found["rows_per_second"] > 0
+    assert found["processes"]["orchestrator"]["peak_mb"] <= 300
+    assert 0 < found["redis_job_mb"] < 50
+
+
+def test_orchestrator_job(tmp_path: Path) -> None:
+    found = orchestrator(tmp_path, "job")
+    assert (found["rows"], found["rows_found"], found["failed"], found["verify_ok"]) == (50_000, 50_000, 0, True)
+    assert all(found[name] > 0 for name in ("rows_per_second", "plan_seconds", "work_seconds", "finalize_seconds"))
+    assert {"orchestrator", "worker 1", "worker 2", "redis"} == found["processes"].keys()
+
+
+def test_orchestrator_fairness(tmp_path: Path) -> None:
+    found = orchestrator(tmp_path, "fairness")
+    assert found["huge_rows_done"] < found["huge_rows"]
+    assert found["beside_seconds"] > 0

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from system import TESTS, colour, records, simple_job, write_images, write_rows
 
-from orchestrator.cli_run import _options
+from orchestrator.cli_run import given_options
 from orchestrator.embedded import _redis_binary
 from orchestrator.errors import UsageError
 from orchestrator.verify import verify
@@ -215,7 +215,7 @@ def test_mistakes_are_one_line(cli: Cli, tmp_path: Path, arguments: list[str], s
 
 
 def test_options_are_json_or_words() -> None:
-    assert _options(["num_beams=1", "do_sample=true", "top_p=0.9", "word=x=y"]) == {
+    assert given_options(["num_beams=1", "do_sample=true", "top_p=0.9", "word=x=y"]) == {
         "num_beams": 1, "do_sample": True, "top_p": 0.9, "word": "x=y",
     }  # fmt: skip
 

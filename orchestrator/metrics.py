@@ -9,14 +9,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Final, Literal, get_args
 
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from .contract import Status
 from .control import MEMORY_LIMIT
@@ -26,9 +24,6 @@ from .lifecycle import backlog
 from .settings import Settings
 
 CACHE_SECONDS: Final = 2.0  # two replicas of Prometheus ask within them: Redis is read once
-
-#: A counter's or gauge's number; a histogram's sum, then its observations in each bucket, the last without a bound.
-Value: TypeAlias = float | Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +36,12 @@ class Family:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()  # upper bounds of a histogram's
 
-    def metric(self, values: Mapping[tuple[str, ...], Value]) -> Metric:
-        """As Prometheus reads it; `values` by the labels' values."""
-        if self.kind == "histogram":
-            bounds = [*map(floatToGoString, self.buckets), "+Inf"]
-            histogram = HistogramMetricFamily(self.name, self.help, labels=self.labels)
-            for labels, value in values.items():
-                if isinstance(value, Sequence):
-                    counts = zip(bounds, accumulate(value[1:]), strict=True)
-                    histogram.add_metric(labels, list(counts), value[0])
-            return histogram
-        family = (CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily)(
-            self.name, self.help, labels=self.labels
-        )
+    def metric(self, values: Mapping[tuple[str, ...], float]) -> Metric:
+        """A counter or gauge as Prometheus reads it; `values` by the labels' values."""
+        kind = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
+        family = kind(self.name, self.help, labels=self.labels)
         for labels, value in values.items():
-            if not isinstance(value, Sequence):
-                family.add_metric(labels, value)
+            family.add_metric(labels, value)
         return family
 
 
@@ -125,7 +110,7 @@ class LedgerCollector(Collector):
             if family.name in values:
                 yield family.metric(values[family.name])
 
-    def _values(self) -> dict[str, dict[tuple[str, ...], Value]]:
+    def _values(self) -> dict[str, dict[tuple[str, ...], float]]:
         ledger, settings = self._ledger, self._settings
         statuses, totals, memory = ledger.statuses(), ledger.totals(), ledger.memory_ratio()
         left = backlog(ledger, settings)

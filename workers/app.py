@@ -54,7 +54,7 @@ def run_worker(settings: Settings) -> int:
     name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     worker = Worker(settings, name)
     health = Health(worker, settings)
-    endpoint = Endpoint(settings, worker.metrics.registry(), health)
+    endpoint = Endpoint(settings, worker.metrics.registry, health)
     try:
         worker.start()
         app = make_app(settings, worker)

@@ -5,20 +5,18 @@ parent's, so a child that dies takes nothing of them along: counters never go ba
 values of closed sets only, whatever a manifest or a job may hold.
 """
 
-import threading
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from blip_engine.requests import JOB_TASKS, BatchReport
 from orchestrator.contract import ERROR_CODES
-from orchestrator.metrics import Family, Value
+from orchestrator.metrics import Family
 from orchestrator.parts import PartInfo
 from orchestrator.settings import Settings
 
@@ -95,110 +93,89 @@ FAMILIES: Final = (
         ("version", "device", "precision", "models", "gpu"),
     ),
 )  # fmt: skip
-_BY_NAME: Final[Mapping[str, Family]] = {family.name: family for family in FAMILIES}
+#: Counters begin with 0, so that the first event is an increase.
+_KNOWN: Final[Mapping[str, Iterable[tuple[str, ...]]]] = {
+    "blip_rows_total": [(task, outcome) for task in JOB_TASKS for outcome in ("completed", "failed")],
+    "blip_row_errors_total": [(code,) for code in ERROR_CODES],
+    "blip_chunks_total": [(outcome,) for outcome in CHUNK_OUTCOMES],
+}
+#: Asked for at a scrape, as gauges are; everything else is told when it happens.
+_ASKED: Final = {"blip_engine_restarts_total", "blip_loader_restarts_total"}
 
 
-class WorkerMetrics(Collector):
-    """The sums. Everything may be called from any thread, and costs a few microseconds at most."""
+class WorkerMetrics:
+    """The numbers, in a registry of their own. Everything may be called from any thread, and takes microseconds."""
 
     def __init__(self, settings: Settings) -> None:
-        self._lock = threading.Lock()
-        self._values: dict[str, dict[tuple[str, ...], list[float]]] = {family.name: {} for family in FAMILIES}
-        self._progress = time.time()
-        self._gpu = Gpu.open(settings.device)
-        gpu = self._gpu.name if self._gpu else ""
-        self._info = _version(), settings.device, settings.precision, ",".join(settings.models), gpu
-        #: What is asked for at a scrape, by the metric's name; filled in by the worker.
-        self.sources: dict[str, Callable[[], float]] = {}
-        self._begin()
-
-    def _begin(self) -> None:
-        """Counters begin with 0, so that the first event is an increase."""
-        known: dict[str, Iterable[tuple[str, ...]]] = {
-            "blip_rows_total": [(task, outcome) for task in JOB_TASKS for outcome in ("completed", "failed")],
-            "blip_row_errors_total": [(code,) for code in ERROR_CODES],
-            "blip_chunks_total": [(outcome,) for outcome in CHUNK_OUTCOMES],
-        }
+        #: What is asked for at a scrape, by the metric's name.
+        self.sources: dict[str, Callable[[], float]] = {"blip_last_progress_timestamp_seconds": lambda: self._progress}
+        self.registry = CollectorRegistry()
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series, and tell what resets tell
+        self._counters: dict[str, Counter] = {}
+        self._histograms: dict[str, Histogram] = {}
         for family in FAMILIES:
-            if family.kind != "gauge":
-                for labels in known.get(family.name, [()] if not family.labels else []):
-                    self._cell(family.name, labels)
+            if family.kind == "histogram":
+                self._histograms[family.name] = Histogram(
+                    family.name, family.help, family.labels, buckets=family.buckets, registry=self.registry
+                )
+            elif family.kind == "counter" and family.name not in _ASKED:
+                counter = Counter(family.name, family.help, family.labels, registry=self.registry)
+                self._counters[family.name] = counter
+                for labels in _KNOWN.get(family.name, ()):
+                    counter.labels(*labels)
+        self.registry.register(_Asked(self.sources, settings))
+        ProcessCollector(registry=self.registry)
+        self._progress = time.time()
 
     def loaded(self, loaded: Loaded) -> None:
         """A loader is done with an image."""
-        self._observe("blip_fetch_seconds", loaded.fetch_seconds)
-        self._add("blip_fetch_bytes_total", loaded.bytes)
+        self._histograms["blip_fetch_seconds"].observe(loaded.fetch_seconds)
+        self._counters["blip_fetch_bytes_total"].inc(loaded.bytes)
         if loaded.decode_seconds:
-            self._observe("blip_decode_seconds", loaded.decode_seconds)
+            self._histograms["blip_decode_seconds"].observe(loaded.decode_seconds)
         self._progress = time.time()
 
     def batch(self, report: BatchReport) -> None:
         """The engine ran a batch."""
-        self._observe("blip_batch_rows", report.requests, report.task)
+        self._histograms["blip_batch_rows"].labels(report.task).observe(report.requests)
         for stage, seconds in report.stage_seconds.items():
-            self._observe("blip_engine_seconds", seconds, report.task, stage)
-        self._add("blip_engine_busy_seconds_total", report.busy_seconds)
-        self._add("blip_engine_oom_splits_total", report.oom_splits)
+            self._histograms["blip_engine_seconds"].labels(report.task, stage).observe(seconds)
+        self._counters["blip_engine_busy_seconds_total"].inc(report.busy_seconds)
+        self._counters["blip_engine_oom_splits_total"].inc(report.oom_splits)
         self._progress = time.time()
 
     def committed(self, task: str, part: PartInfo, seconds: float) -> None:
         """A chunk's part is in storage and was counted."""
-        self._add("blip_rows_total", part.rows - part.failed, task, "completed")
-        self._add("blip_rows_total", part.failed, task, "failed")
+        self._counters["blip_rows_total"].labels(task, "completed").inc(part.rows - part.failed)
+        self._counters["blip_rows_total"].labels(task, "failed").inc(part.failed)
         for code, rows in _codes(part.codes):
-            self._add("blip_row_errors_total", rows, code)
-        self._observe("blip_chunk_seconds", seconds)
+            self._counters["blip_row_errors_total"].labels(code).inc(rows)
+        self._histograms["blip_chunk_seconds"].observe(seconds)
 
     def chunk(self, outcome: str) -> None:
         """A hint came to this end, one of CHUNK_OUTCOMES."""
-        self._add("blip_chunks_total", 1, outcome)
+        self._counters["blip_chunks_total"].labels(outcome).inc()
         self._progress = time.time()
 
-    def _cell(self, name: str, labels: tuple[str, ...]) -> list[float]:
-        """Of a histogram the sum, then the buckets' counts; of a counter one number. For whoever has the lock."""
-        cells = self._values[name]
-        if labels not in cells:
-            cells[labels] = [0.0] * (1 + (len(_BY_NAME[name].buckets) + 1 if _BY_NAME[name].buckets else 0))
-        return cells[labels]
 
-    def _add(self, name: str, amount: float, *labels: str) -> None:
-        with self._lock:
-            self._cell(name, labels)[0] += amount
+class _Asked(Collector):
+    """What others know, at the moment of a scrape."""
 
-    def _observe(self, name: str, value: float, *labels: str) -> None:
-        with self._lock:
-            cell = self._cell(name, labels)
-            cell[0] += value
-            cell[1 + bisect_left(_BY_NAME[name].buckets, value)] += 1
+    def __init__(self, sources: Mapping[str, Callable[[], float]], settings: Settings) -> None:
+        self._sources, self._gpu = sources, Gpu.open(settings.device)
+        gpu = self._gpu.name if self._gpu else ""
+        self._info = _version(), settings.device, settings.precision, ",".join(settings.models), gpu
 
     def describe(self) -> Iterable[Metric]:
-        """The names alone, for the registry."""
-        return (family.metric({}) for family in FAMILIES)
+        return (family.metric({}) for family in FAMILIES if family.kind == "gauge" or family.name in _ASKED)
 
-    def collect(self) -> Iterable[Metric]:
-        """Everything, as it is now."""
-        with self._lock:
-            sums = {name: {labels: cell[:] for labels, cell in cells.items()} for name, cells in self._values.items()}
-        asked = {name: source() for name, source in self.sources.items()}
-        asked |= self._gpu.read() if self._gpu else {}
-        asked["blip_last_progress_timestamp_seconds"] = self._progress
-        for family in FAMILIES:
-            values: dict[tuple[str, ...], Value] = {
-                labels: cell if family.buckets else cell[0] for labels, cell in sums[family.name].items()
-            }
-            if family.name in asked:
-                values = {(): asked[family.name]}
-            if family.name == "blip_worker_info":
-                values = {self._info: 1.0}
-            if values:
-                yield family.metric(values)
-
-    def registry(self) -> CollectorRegistry:
-        """With the metrics of the parent process."""
-        registry = CollectorRegistry()
-        registry.register(self)
-        ProcessCollector(registry=registry)
-        return registry
+    def collect(self) -> Iterator[Metric]:
+        told: dict[str, dict[tuple[str, ...], float]] = {"blip_worker_info": {self._info: 1.0}}
+        for name, source in self._sources.items():
+            told[name] = {(): source()}
+        for name, value in (self._gpu.read() if self._gpu else {}).items():
+            told[name] = {(): value}
+        return (family.metric(told[family.name]) for family in FAMILIES if family.name in told)
 
 
 def _codes(text: str) -> Iterable[tuple[str, int]]:

@@ -70,7 +70,7 @@ def test_the_device_is_the_one_that_torch_means(
 
 def series(device: str) -> dict[str, float]:
     metrics = WorkerMetrics(load_settings(device=device))
-    return {sample.name: sample.value for family in metrics.collect() for sample in family.samples}
+    return {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
 
 
 def test_numbers_of_a_gpu(nvml: Nvml) -> None:

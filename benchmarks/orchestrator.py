@@ -160,7 +160,7 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     os.environ.update(s3)
     with running(given, **s3) as system:
-        system.start("s3", "benchmarks.synthetic_s3", str(port))
+        system.start("s3", "benchmarks.synthetic_s3", str(port), str(given.latency))
         system.start("orchestrator", "orchestrator")
         _await_control_loop(system)
         _crowd(system)
@@ -308,6 +308,7 @@ def main(arguments_given: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, help="default: plan 100,000,000; job 10,000,000; fairness 1,000,000")
     parser.add_argument("--chunk-rows", type=int, help="default: plan automatic; job 4096; fairness 1000")
     parser.add_argument("--workers", type=int, default=2, help="of `job`; processes of two threads each")
+    parser.add_argument("--latency", type=float, default=0.0, help="of `plan`; seconds that each GET waits")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="for manifest and output; default: the system's temporary one")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")

@@ -1,13 +1,14 @@
 """An S3 server of one bucket whose objects are manifests that exist nowhere: their bytes are made when asked for.
 
-    python -m benchmarks.synthetic_s3 PORT
+    python -m benchmarks.synthetic_s3 PORT [SECONDS]
 
 `s3://bench/rows-<N>.jsonl` has N rows of ROW_BYTES bytes each. The server knows HeadObject and GetObject with Range and
-If-Match, which is all that reading a manifest takes.
+If-Match, which is all that reading a manifest takes. SECONDS: what each GET waits, as one to a store far away does.
 """
 
 import re
 import sys
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -46,6 +47,7 @@ def rows(start: int, end: int) -> Iterator[bytes]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wait = 0.0  # seconds, of each GET
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -66,6 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         start, end = (int(asked[1]), min(size, int(asked[2]) + 1)) if asked else (0, size)
         more = {"Content-Range": f"bytes {start}-{end - 1}/{size}"} if asked else {}
         self._headers(206 if asked else 200, end - start, {"ETag": etag, **more})
+        time.sleep(self.wait if body else 0)
         for part in rows(start, end) if body else ():
             self.wfile.write(part)
 
@@ -86,4 +89,5 @@ class _Server(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
+    _Handler.wait = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
     _Server(("127.0.0.1", int(sys.argv[1])), _Handler).serve_forever()

@@ -259,7 +259,7 @@ class Request:
 
     model: str  # a name the engine was loaded with
     task: Task
-    pixels: "np.ndarray[Any, Any]"  # uint8 (height, width, 3), already at the model's image size
+    pixels: "np.ndarray[Any, Any]"  # uint8 (height, width, 3); what is not at the model's size is resized on the device
     texts: tuple[str, ...]  # prompts, questions, or texts to match, embed or judge; one result each, in order
     options: Options  # a blank text is one only to itm and vqa
     candidates: tuple[str, ...] = ()  # vqa: the answers to choose from; none: the answer is generated

@@ -29,6 +29,7 @@ from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, Bli
 from .packing import Int8Linear, PackedLinear, can_pack, pack_linears
 from .processor import BlipProcessor
 from .requests import Task
+from .resizing import resized
 from .stopwatch import Stopwatch
 from .text import BlipTextModel
 from .text_layers import BlipTextLayer
@@ -187,7 +188,7 @@ class ResidentModel(Generic[ModelT]):
 
     @torch.inference_mode()
     def encode_images(self, pixels: Sequence[Pixels]) -> ImageStates:
-        """uint8 (H, W, 3) images at the model's size to what texts read of them."""
+        """uint8 (H, W, 3) images, best at the model's size, to what texts read of them."""
         return ImageStates(self.image_states(pixels), self._project_cross)
 
     @torch.inference_mode()
@@ -195,18 +196,32 @@ class ResidentModel(Generic[ModelT]):
         """The states alone, in blocks (`shapes.images`, S, vision width), the last one filled up with blank images."""
         size, states = self.shapes.images, []
         for start in range(0, len(pixels), size):
-            block = np.zeros((size, *self.image_size, 3), dtype=np.uint8)
-            for row, image in enumerate(pixels[start : start + size]):
-                block[row] = image
-            states.append(self.model.vision_model(self._normalise(torch.from_numpy(block))).last_hidden_state)
+            block = self._normalise(pixels[start : start + size])
+            states.append(self.model.vision_model(block).last_hidden_state)
         self.stopwatch.mark("vision")
         return states
 
-    def _normalise(self, block: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            block = block.pin_memory()  # else the copy waits for the device
-        levels = block.to(self.device, non_blocking=True).permute(0, 3, 1, 2).int()
+    def _normalise(self, images: Sequence[Pixels]) -> Tensor:
+        levels = self._block(images).int()
         return torch.stack([self._levels[channel][levels[:, channel]] for channel in range(3)], dim=1)
+
+    def _block(self, images: Sequence[Pixels]) -> Tensor:
+        """uint8 (`shapes.images`, 3, H, W) on the device. Images of other sizes are resized there, each by itself."""
+        block = np.zeros((self.shapes.images, *self.image_size, 3), dtype=np.uint8)
+        others = {row: image for row, image in enumerate(images) if image.shape[:2] != self.image_size}
+        for row, image in enumerate(images):
+            if row not in others:
+                block[row] = image
+        levels = self._sent(block).permute(0, 3, 1, 2)
+        for row, image in others.items():
+            levels[row] = resized(self._sent(image), self.image_size)
+        return levels
+
+    def _sent(self, array: Pixels) -> Tensor:
+        values = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        if self.device.type == "cuda":
+            values = values.pin_memory()  # else the copy waits for the device
+        return values.to(self.device, non_blocking=True)
 
     def _project_cross(self, states: Tensor) -> CrossKeys:
         heads, layers = self.model.config.text_config.num_attention_heads, len(self.attending_text().encoder.layer)

@@ -68,12 +68,9 @@ class Runner(ABC, Generic[ModelT]):
 
     def prepare(self, request: Request) -> Prepared:
         """Check a request and tokenise its texts. Raises InputError; cheap enough for the caller's thread."""
-        height, width = self.resident.image_size
-        if request.pixels.shape != (height, width, 3) or request.pixels.dtype.name != "uint8":
-            raise InputError(
-                f"model {request.model!r} takes uint8 pixels ({height}, {width}, 3), "
-                f"not {request.pixels.dtype} {request.pixels.shape}"
-            )
+        shape, kind = request.pixels.shape, request.pixels.dtype
+        if len(shape) != 3 or shape[2] != 3 or 0 in shape or kind.name != "uint8":
+            raise InputError(f"model {request.model!r} takes uint8 pixels (height, width, 3), not {kind} {shape}")
         if not request.texts:
             raise InputError("a request needs at least one text; a caption's may be empty")
         if getattr(request.options, "enc_token", False) and self._enc_token_id >= self._text_config.vocab_size:

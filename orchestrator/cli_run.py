@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from .contract import JobSpec, JobState
+    from .settings import Settings
 
 DEMO_TASKS: Final = ("caption", "vqa", "itm")
 _SHOWN: Final = 4  # rows of each task in the demo's table
@@ -166,7 +167,7 @@ def _run_jobs(
     if missing:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as tidily as on Ctrl-C
         try:
-            with Embedded(loaded, workers, redis) as system, _progress() as bars:
+            with Embedded(_preloading(loaded, missing), workers, redis) as system, _progress() as bars:
                 states = system.run(missing, _Bars(bars, missing).update)
         except KeyboardInterrupt:
             typer.echo("Stopped. The same command goes on from here.", err=True)
@@ -178,6 +179,14 @@ def _run_jobs(
                 raise JobError(error["code"], error["message"])
             found[spec.id] = summary
     return [found[spec.id] for spec in specs]
+
+
+def _preloading(settings: "Settings", specs: "Sequence[JobSpec]") -> "Settings":
+    """So that the models are loaded while the jobs are planned."""
+    from blip_engine.requests import checkpoints_of  # noqa: PLC0415
+
+    named = [f"{task}:{model}" for spec in specs for task, model in checkpoints_of(spec.task, spec.model)]
+    return settings.model_copy(update={"preload": tuple(name for name in dict.fromkeys(named) if "," not in name)})
 
 
 def _progress() -> "Progress":

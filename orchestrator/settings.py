@@ -45,7 +45,8 @@ class Settings(BaseSettings):
     # Buckets ("photos") or prefixes ("photos/2024/") that rows may name as s3:// images, comma-separated; "*" is any.
     # Empty: the manifest's own bucket, and no bucket for a manifest on local disk.
     allowed_buckets: Annotated[tuple[str, ...], NoDecode] = ()
-    # Folders, comma-separated, that rows of a manifest on disk may name files in, besides the manifest's own.
+    # Folders, comma-separated, that rows of a manifest on disk may name files in, besides the manifest's own; and that
+    # manifests, outputs and checkpoints of jobs submitted over HTTP may be in.
     allowed_folders: Annotated[tuple[str, ...], NoDecode] = ()
     fetch_timeout_seconds: float = Field(default=30, gt=0)  # for one image, retries included
     max_image_bytes: int = Field(default=64 * 2**20, ge=1)  # an image of more bytes is not read
@@ -63,6 +64,15 @@ class Settings(BaseSettings):
     models: Annotated[tuple[str, ...], NoDecode] = ()
     worker_threads: int = Field(default=2, ge=1)  # chunks worked on at once
     loaders: int = Field(default=0, ge=0)  # processes that fetch and decode; 0: one for each two cores, at most 8
+    fetches: int = Field(default=8, ge=1, le=64)  # images that each of them fetches at once, while it decodes one
+    # Who resizes images: `pillow`, in the loaders; `device`, in the engine, to within one level of 255. For GPUs that
+    # wait for their loaders.
+    resize: Literal["pillow", "device"] = "pillow"
+    # Decode large JPEGs at a half, a quarter or an eighth of their size, no smaller than twice what the model takes:
+    # faster, and pixels that differ a little.
+    jpeg_draft: bool = False
+    # Checkpoints that are loaded at the start, not with their first job: TASK:MODEL (`caption:demo`), comma-separated.
+    preload: Annotated[tuple[str, ...], NoDecode] = ()
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     precision: str = "auto"  # auto, fp32, bf16, fp16, int8
     drain_seconds: float = Field(default=25, ge=0)  # after SIGTERM: what finishes within this is kept
@@ -72,7 +82,7 @@ class Settings(BaseSettings):
     model_timeout_seconds: float = Field(default=1800, gt=0)  # for loading a checkpoint, its download included
     engine: str = "blip_engine.engine:Engine"  # module:factory; another one for fault tests and dry runs
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "preload", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

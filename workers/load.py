@@ -9,6 +9,8 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Final
 
+import numpy as np
+
 from blip_engine.errors import ImageError
 from blip_engine.images import ImageLimits, decode_image, resized_pixels
 from orchestrator.errors import FetchError
@@ -16,7 +18,7 @@ from orchestrator.fetch import fetch
 
 from .loader import LoaderLimits
 from .messages import Ask, Failure, Loaded
-from .slots import DECODING, FETCHING, LOADED, Slots
+from .slots import DECODING, FETCHING, LOADED, SLOT_BYTES, Slots
 
 _TOGETHER: Final = 4  # answers in a message, where more work waits
 _QUICK_SECONDS: Final = 0.01  # a decode that took longer is answered at once
@@ -32,16 +34,24 @@ def fetched(location: Any, limits: LoaderLimits) -> bytes | Failure:
         return _failed(error)
 
 
-def decode_into(slots: Slots, slot: int, data: bytes, size: tuple[int, int], limits: LoaderLimits) -> Failure | None:
-    """Fill `slot` with the image in `data`, resized to `size` (height, width); what went wrong, or None."""
+def decode_into(
+    slots: Slots, slot: int, data: bytes, size: tuple[int, int], limits: LoaderLimits
+) -> Failure | tuple[int, int]:
+    """Fill `slot` with the image in `data`, resized to `size` (height, width) where that is the loaders' task.
+
+    Returns its size in the slot, or what went wrong.
+    """
+    caps = ImageLimits(max_bytes=limits.max_bytes, max_pixels=limits.max_pixels)
     try:
-        image = decode_image(data, ImageLimits(max_bytes=limits.max_bytes, max_pixels=limits.max_pixels))
-        slots.pixels(slot, size)[...] = resized_pixels(image, size)
+        image = decode_image(data, caps, draft=2 * max(size) if limits.draft else 0)
+        as_it_is = not limits.resize and image.width * image.height * 3 <= SLOT_BYTES
+        size = (image.height, image.width) if as_it_is else size
+        slots.pixels(slot, size)[...] = np.asarray(image) if as_it_is else resized_pixels(image, size)
     except ImageError as error:
         return Failure(error.code, str(error))
     except Exception as error:
         return _failed(error)
-    return None
+    return size
 
 
 def _failed(error: Exception) -> Failure:
@@ -92,6 +102,6 @@ class Loads:
             return Loaded(ask.slot, data, 0, fetch_seconds)
         self._slots.set_phase(ask.slot, DECODING)
         started = time.perf_counter()
-        failure = decode_into(self._slots, ask.slot, data, ask.size, self._limits)
+        outcome = decode_into(self._slots, ask.slot, data, ask.size, self._limits)
         self._slots.set_phase(ask.slot, LOADED)
-        return Loaded(ask.slot, failure, len(data), fetch_seconds, time.perf_counter() - started)
+        return Loaded(ask.slot, outcome, len(data), fetch_seconds, time.perf_counter() - started)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Final
 
@@ -37,6 +38,8 @@ class LoaderLimits:
     fetch_timeout: float  # seconds, for the storage client
     hang_timeout: float  # seconds of fetching or decoding it, after which the child is killed
     fetches: int = 8  # images that a child fetches at once
+    resize: bool = True  # to the size that is asked for; else only what does not fit a slot
+    draft: bool = False  # JPEGs may be decoded smaller, to no less than twice that size
 
 
 @dataclass(slots=True)
@@ -48,7 +51,7 @@ class _Item:
     phase: int = ASKED  # as it was seen last
     since: float = 0.0  # when it was first seen so
 
-    def settle(self, outcome: Failure | None) -> None:
+    def settle(self, outcome: "Failure | tuple[int, int]") -> None:
         self.replies.put((self.token, outcome))
 
 
@@ -60,10 +63,11 @@ class _Loader:
     since: float = 0.0  # when it last gave a sign of life
 
 
-def loader_count(wanted: int) -> int:
-    """`wanted`, or where that is 0: one for each two cores, at most 8."""
+def loader_count(wanted: int, device: str = "auto") -> int:
+    """`wanted`, or where that is 0: one for each two cores, at most 8; beside a GPU all cores but two, at most 32."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return wanted or max(1, min(8, cores // 2))
+    on_gpu = device != "cpu" and any(Path("/dev").glob("nvidia[0-9]*"))
+    return wanted or max(1, min(32, cores - 2) if on_gpu else min(8, cores // 2))
 
 
 class LoaderPool(Supervisor):
@@ -96,7 +100,7 @@ class LoaderPool(Supervisor):
     ) -> None:
         """Put the image at `location`, resized to (height, width), into `slot`.
 
-        `(token, None)` or `(token, Failure)` then comes through `replies`; after it the slot is the caller's again.
+        `(token, its size there)` or `(token, Failure)` then comes through `replies`; after it the slot is the caller's.
         """
         item = _Item(Ask(slot, location, size), replies, token)
         self._call(lambda: self._backlog.append(item))
@@ -149,7 +153,7 @@ class LoaderPool(Supervisor):
             return
         for loaded in message:
             self._observe(loaded)
-            owner.items.pop(loaded.slot).settle(loaded.failure)
+            owner.items.pop(loaded.slot).settle(loaded.outcome)
 
     def _started(self, loader: _Loader, message: str | None) -> None:
         if message is None:

@@ -27,7 +27,7 @@ class Loaded(NamedTuple):
     """From a loader: what became of an Ask."""
 
     slot: int
-    failure: Failure | None
+    outcome: Failure | tuple[int, int]  # height and width of the image in the slot
     bytes: int = 0  # fetched
     fetch_seconds: float = 0.0
     decode_seconds: float = 0.0  # the resize included

@@ -43,7 +43,7 @@ class _Flight:
     location: Any
     rows: list[Row]
     slot: int = -1
-    loaded: bool = False
+    size: tuple[int, int] | None = None  # of the image in the slot, once it is there
     later: deque[list[Row]] = field(default_factory=deque)  # to be run after `rows`, from the same slot
 
     def texts(self) -> tuple[str, ...]:
@@ -92,11 +92,11 @@ class Lane:
         self._loaders.load(flight.slot, flight.location, chunk.job.checkpoint.image_size, self._replies, flight)
 
     def _land(self, flight: _Flight, outcome: Any, current: "ChunkRun") -> None:
-        """One answer of a loader (None or Failure) or of the engine (results or Failure)."""
-        if flight.chunk is current and self._goes_on(flight, outcome):
+        """One answer of a loader (a size or Failure) or of the engine (results or Failure)."""
+        if flight.chunk is current and self._goes_on(flight, outcome) and flight.size is not None:
             run = Run(
-                current.job.checkpoint.name, current.job.task, flight.slot, current.job.checkpoint.image_size,
-                flight.texts(), current.job.options, flight.rows[0].candidates, current.job.checkpoint.judge,
+                current.job.checkpoint.name, current.job.task, flight.slot, flight.size, flight.texts(),
+                current.job.options, flight.rows[0].candidates, current.job.checkpoint.judge,
             )  # fmt: skip
             self._engine.submit(run, self._replies, flight)
         else:
@@ -105,11 +105,11 @@ class Lane:
 
     def _goes_on(self, flight: _Flight, outcome: Any) -> bool:
         """Settle rows; whether `flight.rows` are to be run (again)."""
-        if outcome is None:
-            flight.loaded = True
+        if isinstance(outcome, tuple):
+            flight.size = outcome
             return True
         if isinstance(outcome, Failure):
-            if not flight.loaded:
+            if flight.size is None:
                 flight.chunk.fail([*flight.rows, *chain.from_iterable(flight.later)], outcome)
                 return False
             if len(flight.rows) > 1 and outcome.code != "crashed":

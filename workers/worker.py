@@ -16,7 +16,7 @@ from queue import LifoQueue
 from typing import Any, Final
 
 from blip_engine.errors import BlipError
-from blip_engine.requests import checkpoints_of
+from blip_engine.requests import TASKS, checkpoints_of
 from orchestrator.contract import BadRow, Hint, Row
 from orchestrator.errors import BlipBatchError, RedisUnavailable, StoreUnavailable, UsageError
 from orchestrator.jobs import model_name
@@ -72,9 +72,10 @@ class Worker:
         self._slots = Slots(settings.slots)
         limits = LoaderLimits(
             settings.max_image_bytes, settings.max_image_pixels, settings.fetch_timeout_seconds,
-            settings.loader_timeout_seconds,
+            settings.loader_timeout_seconds, settings.fetches, settings.resize == "pillow", settings.jpeg_draft,
         )  # fmt: skip
-        self.loaders = LoaderPool(loader_count(settings.loaders), self._slots, limits, self._break, self.metrics.loaded)
+        loaders = loader_count(settings.loaders, settings.device)
+        self.loaders = LoaderPool(loaders, self._slots, limits, self._break, self.metrics.loaded)
         timeouts = (settings.engine_timeout_seconds, settings.model_timeout_seconds)
         engine = EngineSettings(settings.engine, settings.device, settings.precision, *timeouts)
         self.engine = EngineProcess(engine, self._slots, self._break, self.metrics.batch)
@@ -103,10 +104,19 @@ class Worker:
         self.ledger.ping()
         self.loaders.start()
         self.engine.start()
+        self._preload()
         while not self.engine.started.wait(_POLL_SECONDS):
             if self.faulty.is_set():
                 raise UsageError(self.fault)
         self._keeper.start()
+
+    def _preload(self) -> None:
+        """Have checkpoints loaded that jobs will want. One that cannot be is told when a job does."""
+        for named in self._settings.preload:
+            task, _, model = named.partition(":")
+            if task not in TASKS or not model:
+                raise UsageError(f"setting BLIP_PRELOAD={named!r}: write TASK:MODEL; the tasks are {', '.join(TASKS)}")
+            self.engine.load_model(model, task)
 
     def drain(self) -> None:
         """Take no more; what is under way and fits into the grace period is finished, the rest put back."""

@@ -79,7 +79,7 @@ def expect_pixels(pool: Pool, images: list[Path], slots: list[int]) -> None:
 def test_pixels_land_in_their_slots(images: list[Path], count: int) -> None:
     pool = Pool(count)
     try:
-        assert pool.load(images) == [None] * 8
+        assert pool.load(images) == [SIZE] * 8
         expect_pixels(pool, images, list(range(8)))
         assert len(pool.pool.pids()) == count
     finally:
@@ -105,7 +105,7 @@ def test_bad_images_have_codes_and_neighbours_are_fine(pool: Pool, images: list[
 
 def held_loader(pool: Pool, images: list[Path]) -> psutil.Process:
     """A stopped loader that holds the first image, with others behind it."""
-    assert pool.load(images[:1]) == [None]
+    assert pool.load(images[:1]) == [SIZE]
     (pid,) = pool.pool.pids()
     loader = psutil.Process(pid)
     loader.send_signal(signal.SIGSTOP)
@@ -116,7 +116,7 @@ def held_loader(pool: Pool, images: list[Path]) -> psutil.Process:
 
 def test_a_loader_that_is_killed_once_costs_nothing(pool: Pool, images: list[Path]) -> None:
     held_loader(pool, images).kill()
-    assert pool.outcomes(8) == [None] * 8
+    assert pool.outcomes(8) == [SIZE] * 8
     expect_pixels(pool, images, list(range(8)))
     assert pool.pool.restarts == 1
 
@@ -129,7 +129,7 @@ def test_an_image_that_kills_its_loader_fails_alone(images: list[Path], monkeypa
     finally:
         pool.pool.close()
     assert outcomes[3] == Failure("crashed", "the loader process died on this image (signal 9)")
-    assert outcomes[:3] + outcomes[4:] == [None] * 7
+    assert outcomes[:3] + outcomes[4:] == [SIZE] * 7
     assert pool.pool.restarts == 2
 
 
@@ -138,7 +138,7 @@ def _dies_of_image_3(pipe: Connection, slots: Slots, limits: LoaderLimits) -> No
     loader_main(pipe, slots, limits)
 
 
-def _deadly_decode(slots: Slots, slot: int, *rest: Any) -> Failure | None:
+def _deadly_decode(slots: Slots, slot: int, *rest: Any) -> Failure | tuple[int, int]:
     if slot == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return whole_decode(slots, slot, *rest)
@@ -154,16 +154,16 @@ def test_a_hanging_loader_is_killed(images: list[Path], decoding: bool, code: st
         outcomes = pool.outcomes(8)
         assert outcomes[0].code == code
         assert "more than 1 seconds" in outcomes[0].message
-        assert outcomes[1:] == [None] * 7
+        assert outcomes[1:] == [SIZE] * 7
         assert not loader.is_running()
     finally:
         pool.pool.close()
 
 
 def test_an_idle_loader_that_dies_costs_nothing(pool: Pool, images: list[Path]) -> None:
-    assert pool.load(images[:1]) == [None]
+    assert pool.load(images[:1]) == [SIZE]
     os.kill(pool.pool.pids()[0], signal.SIGKILL)
-    assert pool.load(images) == [None] * 8
+    assert pool.load(images) == [SIZE] * 8
 
 
 def test_loaders_that_cannot_start_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,8 @@ class TestResults:
 class TestFaults:
     def test_an_input_error_hits_only_its_request(self, engine: Engine) -> None:
         bad = [
-            (request(IMAGES[0][:16]), r"takes uint8 pixels \(32, 32, 3\), not uint8 \(16, 32, 3\)"),
+            (request(IMAGES[0][..., :2]), r"takes uint8 pixels \(height, width, 3\), not uint8 \(32, 32, 2\)"),
+            (request(IMAGES[0][:0]), r"takes uint8 pixels \(height, width, 3\), not uint8 \(0, 32, 3\)"),
             (request(IMAGES[0].astype(np.float32)), "not float32"),
             (request(texts=()), "at least one text"),
             (request(texts=("dog " * 70,)), "text of 72 tokens is longer than"),

@@ -99,7 +99,7 @@ def test_answers_of_a_loader_come_together(image: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(answers, "send", send)
     loads.serve()
     assert [len(message) for message in answers.sent] == [4, 4, 2]
-    assert all(isinstance(loaded, Loaded) and loaded.failure is None for message in answers.sent for loaded in message)
+    assert all(isinstance(loaded, Loaded) and loaded.outcome == SIZE for message in answers.sent for loaded in message)
     assert {slots.phase(slot) for slot in range(10)} == {LOADED}
 
 
@@ -126,7 +126,7 @@ def test_fetching_goes_on_while_an_image_is_decoded(image: Path, monkeypatch: py
 
     monkeypatch.setattr(answers, "send", send)
     loads.serve()
-    assert sorted(loaded.slot for loaded in done if loaded.failure is None) == list(range(8))
+    assert sorted(loaded.slot for loaded in done if loaded.outcome == SIZE) == list(range(8))
 
 
 def run_of(slot: int) -> Run:

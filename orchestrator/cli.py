@@ -99,7 +99,7 @@ def orchestrator(
     redis_url: Annotated[str | None, typer.Option(help="Instead of BLIP_REDIS_URL.")] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
-    """Run the control loop: plans, feeds, reconciles and finalizes all jobs. Any number may run; one leads."""
+    """Run the control loop, which sees all jobs through, and the HTTP API. Any number may run; one leads."""
     from .service import serve  # noqa: PLC0415
     from .settings import load_settings  # noqa: PLC0415
 

@@ -89,7 +89,7 @@ class Controller:
         self._slow = ThreadPoolExecutor(4, thread_name_prefix="plan-and-finalize")
         self._running: dict[str, Future[None]] = {}
         self._next_reconcile = 0.0
-        self.stepped_at = monotonic()  # when `run` last came around: what tells that it is alive
+        self.stepped_at = monotonic()  # when it last was through with a job, or with all: what tells that it is alive
 
     def run(self, stop: threading.Event) -> None:
         """Steps until `stop` is set. Outages of Redis and of the store are waited out."""
@@ -121,6 +121,7 @@ class Controller:
             for spec, state in jobs:
                 with fields(job=spec.id):
                     self._guarded(spec, epoch, lambda: self._advance(spec, state, this))  # noqa: B023 -- called at once
+                self.stepped_at = monotonic()  # while the store is away each job takes as long as its retries
         except StaleEpochError:
             return False
         return True

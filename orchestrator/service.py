@@ -12,7 +12,7 @@ from .errors import UsageError
 from .logs import LEVELS, configure
 from .settings import Settings
 
-STALLED_SECONDS: Final = 60.0  # a step is done in less, also while Redis or the store is away
+STALLED_SECONDS: Final = 120.0  # a job's part of a step is done in less, also while Redis or the store is away
 
 
 def serve(settings: Settings, log_level: str = "info") -> None:
@@ -22,7 +22,7 @@ def serve(settings: Settings, log_level: str = "info") -> None:
     configure(log_level, settings.log_format)
     stop = threading.Event()
     controller = Controller(settings)
-    api = ApiServer(settings, lambda: _ailing(controller))
+    api = ApiServer(settings, lambda: ailing(controller))
 
     def end(*_: object) -> None:
         stop.set()
@@ -38,7 +38,7 @@ def serve(settings: Settings, log_level: str = "info") -> None:
         api.close()
 
 
-def _ailing(controller: Controller) -> str | None:
+def ailing(controller: Controller) -> str | None:
     """What is wrong with the control loop, if anything is. An outage of Redis is not: it is waited out."""
     silent = monotonic() - controller.stepped_at
-    return f"the control loop is stuck for {silent:.0f} s" if silent > STALLED_SECONDS else None
+    return f"the control loop has been stuck for {silent:.0f} s" if silent > STALLED_SECONDS else None

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from orchestrator.api.server import ApiServer
 from orchestrator.control import Controller
 from orchestrator.errors import UsageError
 from orchestrator.jobs import submit
+from orchestrator.service import STALLED_SECONDS, ailing
 from orchestrator.settings import Settings
 from orchestrator.storage import open_store
 
@@ -374,6 +376,35 @@ def test_an_outage_of_redis_is_503_and_passes(api: httpx.Client, redis_server: R
     finally:
         redis_server.start()
     assert api.get("/readyz").status_code == 200
+
+
+def test_a_control_loop_that_is_stuck_is_told(settings: Settings, controller: Controller) -> None:
+    for silent, status in ((0.0, 200), (STALLED_SECONDS - 5, 200), (STALLED_SECONDS + 5, 503)):
+        controller.stepped_at = time.monotonic() - silent
+        server = ApiServer(settings.model_copy(update={"api_port": 0}), lambda: ailing(controller))
+        server.start()
+        answer = httpx.get(f"http://127.0.0.1:{server.port}/healthz")
+        server.close()
+        assert answer.status_code == status
+    problem(answer, 503, "unhealthy", "the control loop has been stuck for")
+
+
+@pytest.mark.parametrize("again", range(3))
+def test_submissions_at_the_same_moment_never_mix(url: str, controller: Controller, folder: Path, again: int) -> None:
+    given = [{**body(folder), "options": {"num_beams": beams}} for beams in (1, 2)] * 6
+    together = threading.Barrier(len(given))
+
+    def post(one: dict[str, Any]) -> httpx.Response:
+        with http(url) as api:
+            together.wait()
+            return api.post("/v1/jobs", json=one)
+
+    with ThreadPoolExecutor(len(given)) as pool:
+        answers = list(pool.map(post, given))
+    accepted = {answer.json()["id"] for answer in answers if answer.is_success}
+    assert len(accepted) == 1
+    assert controller.ledger.jobs() == list(accepted)
+    assert sorted(answer.status_code for answer in answers if not answer.is_success) == [409] * 6
 
 
 def test_an_output_that_cannot_be_reached(api: httpx.Client, rclone_s3: object, folder: Path) -> None:

@@ -1,0 +1,90 @@
+"""Probes of real workers: one that is deaf, one that is stuck, one that drains."""
+
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from servers import RedisServer, free_port
+from system import Cluster, simple_job
+
+from orchestrator.broker import make_celery, publish
+from orchestrator.contract import Hint
+from orchestrator.ledger import QUEUE
+
+
+@pytest.fixture
+def cluster(redis_server: RedisServer, tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.close()
+
+
+class Probed:
+    """A worker that is asked as Kubernetes asks it."""
+
+    def __init__(self, cluster: Cluster, **environment: str) -> None:
+        self.port = free_port()
+        self.process = cluster.start("impatient_worker", BLIP_METRICS_PORT=str(self.port), **environment)
+
+    def ask(self, path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode().strip()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode().strip()
+        except OSError as error:
+            return 0, str(error)
+
+    def until(self, path: str, status: int, text: str, seconds: float = 30) -> None:
+        deadline, seen = time.monotonic() + seconds, (0, "")
+        while time.monotonic() < deadline:
+            seen = self.ask(path)
+            if seen[0] == status and re.fullmatch(text, seen[1]):
+                return
+            time.sleep(0.02)
+        raise AssertionError(seen)
+
+
+def test_a_worker_that_does_not_hear_its_queue_is_unwell_until_it_does(cluster: Cluster) -> None:
+    worker = Probed(cluster)
+    worker.until("/readyz", 503, "starting")
+    worker.until("/readyz", 200, "ok")
+    with make_celery(cluster.settings) as app:
+        app.control.cancel_consumer(QUEUE)  # as if its connection were half closed
+        deadline = time.monotonic() + 20
+        while cluster.ledger.queue_length() == 0:  # until one is left lying
+            publish(app, [Hint("job-none", 0, "plan", 0, 1000, 0, 10)])
+            time.sleep(0.3)
+            assert time.monotonic() < deadline
+        assert worker.ask("/healthz") == (200, "ok")
+        worker.until("/healthz", 503, r"hints wait, and none was taken for \d+ s")
+        app.control.add_consumer(QUEUE)
+        worker.until("/healthz", 200, "ok")
+    assert cluster.ledger.queue_length() == 0
+
+
+def test_a_worker_whose_work_does_not_move_is_unwell(cluster: Cluster, tmp_path: Path) -> None:
+    worker = Probed(cluster, BLIP_ENGINE_TIMEOUT_SECONDS="60")
+    cluster.start_orchestrator()
+    cluster.submit(simple_job(tmp_path / "job", 3, prompt="order:hang"), tmp_path / "out", chunk_rows=3)
+    worker.until("/healthz", 503, r"no row of 1 chunks in hand was done for \d+ s")
+    assert worker.ask("/readyz") == (200, "ok")
+
+
+def test_a_worker_that_drains_is_well_and_not_ready(cluster: Cluster, tmp_path: Path) -> None:
+    worker = Probed(cluster, BLIP_DRAIN_SECONDS="20")
+    cluster.start_orchestrator()
+    rows = simple_job(tmp_path / "job", 200, prompt="order:slow")
+    spec = cluster.submit(rows, tmp_path / "out", chunk_rows=100)
+    deadline = time.monotonic() + 30
+    while cluster.ledger.in_flight(spec.id)[0] == 0:  # at work
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    worker.process.terminate()
+    worker.until("/readyz", 503, "draining", seconds=5)
+    assert worker.ask("/healthz") == (200, "ok")
+    assert worker.process.wait(25) == 0

@@ -146,7 +146,7 @@ class WorkerMetrics:
 
     def committed(self, task: str, part: PartInfo, seconds: float) -> None:
         """A chunk's part is in storage and was counted."""
-        self._counters["blip_rows_total"].labels(task, "completed").inc(part.rows - part.failed)
+        self._counters["blip_rows_total"].labels(task, "completed").inc(max(0, part.rows - part.failed))
         self._counters["blip_rows_total"].labels(task, "failed").inc(part.failed)
         for code, rows in _codes(part.codes):
             self._counters["blip_row_errors_total"].labels(code).inc(rows)

@@ -119,6 +119,22 @@ def test_every_panel_has_data(run: Run, title: str, panel: dict[str, Any]) -> No
         assert all(set(names) <= sample["metric"].keys() for sample in found), "the legend names absent labels"
 
 
+QUESTIONS = dict(re.findall(r"^\| (.+?) \| `(.+)` \|$", (ROOT / "docs" / "monitoring.md").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_questions_of_the_documentation_have_answers(run: Run, question: str) -> None:
+    expression = re.sub(r"\[\d+m\]", "[6s]", QUESTIONS[question])
+    run.prometheus.until(expression, holds=lambda found: bool(found) and all(map(is_number, found)))
+
+
+def test_the_configuration_of_the_documentation_is_right(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.+?)```", (ROOT / "docs" / "monitoring.md").read_text(), re.DOTALL)
+    (tmp_path / "prometheus.yml").write_text(block.replace("helm/", f"{ROOT}/helm/"))
+    checked = promtool("check", "config", str(tmp_path / "prometheus.yml"))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_recording_rules_have_data(run: Run) -> None:
     for rule in (rule for group in RULES["groups"] for rule in group["rules"] if "record" in rule):
         run.prometheus.until(rule["record"])

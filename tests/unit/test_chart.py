@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 from chart import CHART, ROOT, VALUE_SETS, environment, helm, named, of_kind, pod_spec, pods, render, values
 
-from orchestrator.settings import Settings
+from orchestrator.settings import Settings, load_settings
 
 #: The oldest that Chart.yaml admits, and the newest there are schemas for.
 KUBERNETES = ("1.29", "1.37")
@@ -223,6 +223,18 @@ def test_settings_are_such(name: str | None) -> None:
         for container in pod["containers"]:
             ours = {variable for variable in environment(container) if variable.startswith("BLIP_")}
             assert ours <= known, who
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_processes_take_the_settings_they_are_given(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _, pod in pods(render(name)):
+        with monkeypatch.context() as patched:
+            given = environment(pod["containers"][0])
+            for variable, value in given.items():
+                patched.setenv(variable, value if isinstance(value, str) else "redis://from-a-secret")
+            settings = load_settings()  # a UsageError would name the variable
+            if "BLIP_MODELS" in given:
+                assert ",".join(settings.models) == given["BLIP_MODELS"]
 
 
 @pytest.mark.parametrize("name", SETS)

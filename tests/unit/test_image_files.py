@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from chart import ROOT, environment, pods, render
+from monitoring import promtool
 from packaging.specifiers import SpecifierSet
 
 from orchestrator.settings import Settings
@@ -203,6 +204,15 @@ def test_prometheus_asks_services_at_the_ports_of_their_images() -> None:
     assert workers["port"] == int(last("worker", "EXPOSE"))
     assert set(workers["names"]) <= COMPOSE["services"].keys()
     assert "./helm/blip-batch/rules:/etc/prometheus/rules:ro" in COMPOSE["services"]["prometheus"]["volumes"]
+
+
+def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "rules").symlink_to(ROOT / "helm" / "blip-batch" / "rules")
+    written = tmp_path / "prometheus.yml"
+    written.write_text(COMPOSE["configs"]["prometheus"]["content"].replace("/etc/prometheus/rules", "rules"))
+    done = promtool("check", "config", "--lint=all", "--lint-fatal", str(written))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert b"rules found" in done.stdout
 
 
 def test_a_python_program_of_the_compose_file_compiles() -> None:

@@ -10,7 +10,8 @@ and what Redis holds of the job at most, with as many chunks leased as ever are.
 
 `job`: a whole job from submit to `completed`, through the real services: Redis with its log on disk, the orchestrator,
 workers. The workers are real but for loaders and engine: each row has its result at once (`benchmarks.dry_worker`).
-Manifest and output are on local disk. Then `verify` reads it all again.
+Manifest and output are on local disk. Then `verify` reads it all again. `--peer-python PYTHON` names a Python with Ray
+Data (`pip install "ray[data]"` in a virtual environment of its own), for the same job through that; see `ray_peer`.
 
 `fairness`: the seconds of a job of 200 rows alone, and beside one of a million rows, with a whole worker, loaders and
 all, around an engine that answers at once.
@@ -239,8 +240,20 @@ def job(given: argparse.Namespace) -> dict[str, Any]:
             "rows": state.total, "chunks": state.chunks, "seconds": sum(seconds),
             "rows_per_second": state.total / sum(seconds), "plan_seconds": seconds[0], "work_seconds": seconds[1],
             "finalize_seconds": seconds[2], "verify_seconds": verify_seconds, "verify_ok": audit["ok"],
-            "rows_found": audit["rows_found"], "failed": audit["failed"], **costs,
+            "rows_found": audit["rows_found"], "failed": audit["failed"],
+            **_peer(given, manifest, state.total), **costs,
         }  # fmt: skip
+
+
+def _peer(given: argparse.Namespace, manifest: Path, rows: int) -> dict[str, Any]:
+    """The same through Ray Data, if asked for."""
+    if given.peer_python is None:
+        return {}
+    script, output = Path(__file__).with_name("ray_peer.py"), manifest.with_name("peer")
+    command = [given.peer_python, str(script), str(manifest), str(output)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    return {"peer": f"Ray Data {told['ray']}", "peer_rows_per_second": rows / told["seconds"]}
 
 
 def _verify(output: Path) -> tuple[dict[str, Any], float]:
@@ -309,6 +322,7 @@ def main(arguments_given: Sequence[str] | None = None) -> None:
     parser.add_argument("--chunk-rows", type=int, help="default: plan automatic; job 4096; fairness 1000")
     parser.add_argument("--workers", type=int, default=2, help="of `job`; processes of two threads each")
     parser.add_argument("--latency", type=float, default=0.0, help="of `plan`; seconds that each GET waits")
+    parser.add_argument("--peer-python", help="of `job`; a Python with Ray Data, to run the same through that")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="for manifest and output; default: the system's temporary one")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")

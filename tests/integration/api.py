@@ -3,8 +3,11 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import httpx
+from harness import write_manifest
 from mini_worker import MiniWorker
 
 from orchestrator.api.server import ApiServer
@@ -17,17 +20,33 @@ TOKEN = "a-token-of-tests"
 @contextmanager
 def serving(settings: Settings, **changes: object) -> Iterator[str]:
     """The URL of an API of `settings`, on a free port, with the token unless `changes` say otherwise."""
+    with started(settings, **changes) as server:
+        yield f"http://127.0.0.1:{server.port}"
+
+
+@contextmanager
+def started(settings: Settings, **changes: object) -> Iterator[ApiServer]:
+    """The same, as the server."""
     chosen = settings.model_copy(update={"api_port": 0, "api_token": TOKEN, **changes})
     server = ApiServer(chosen, lambda: None)
     server.start()
     try:
-        yield f"http://127.0.0.1:{server.port}"
+        yield server
     finally:
         server.close()
 
 
 def http(url: str, token: str | None = TOKEN) -> httpx.Client:
     return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"} if token else {}, timeout=30)
+
+
+def body(folder: Path, rows: int = 25, **more: Any) -> dict[str, Any]:
+    """A submission; rows whose number ends with 3 fail."""
+    manifest = write_manifest(folder, rows, lambda n: n % 10 == 3)
+    return {
+        "manifest": str(manifest), "task": "caption", "output": str(folder / "out"), "model": "demo", "chunk_rows": 10,
+        **more,
+    }  # fmt: skip
 
 
 def problem(answer: httpx.Response, status: int, code: str, says: str = "") -> None:

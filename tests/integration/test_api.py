@@ -1,10 +1,8 @@
 """The HTTP API over real HTTP: every route, the token, the limits, problems, events, outages."""
 
-import gc
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,17 +14,13 @@ from typing import Any
 
 import httpx
 import pytest
-from api import TOKEN, at_work, http, problem, serving
+from api import at_work, body, http, problem, serving, started
 from harness import advance, caption_spec, ended, write_manifest
 from mini_worker import MiniWorker
-from openapi_spec_validator import validate
-from prometheus_client.parser import text_string_to_metric_families
 from servers import MotoServer, RedisServer
 
-from orchestrator.api.guard import MAX_BODY
 from orchestrator.api.server import ApiServer
 from orchestrator.control import Controller
-from orchestrator.errors import UsageError
 from orchestrator.jobs import submit
 from orchestrator.service import STALLED_SECONDS, ailing
 from orchestrator.settings import Settings
@@ -50,15 +44,6 @@ def url(settings: Settings, folder: Path) -> Iterator[str]:
 def api(url: str) -> Iterator[httpx.Client]:
     with http(url) as client:
         yield client
-
-
-def body(folder: Path, rows: int = 25, **more: Any) -> dict[str, Any]:
-    """A submission; rows whose number ends with 3 fail."""
-    manifest = write_manifest(folder, rows, lambda n: n % 10 == 3)
-    return {
-        "manifest": str(manifest), "task": "caption", "output": str(folder / "out"), "model": "demo", "chunk_rows": 10,
-        **more,
-    }  # fmt: skip
 
 
 def test_a_job_from_its_submission_to_its_end(
@@ -183,22 +168,19 @@ def test_events_tell_of_changes_until_the_end(
 
 
 def test_events_end_when_the_server_does(settings: Settings, folder: Path) -> None:
-    with serving(settings, allowed_folders=(str(folder),)) as url, http(url) as api:
+    with (
+        started(settings, allowed_folders=(str(folder),)) as server,
+        http(f"http://127.0.0.1:{server.port}") as api,
+    ):
         job = api.post("/v1/jobs", json=body(folder)).json()["id"]
         with api.stream("GET", f"/v1/jobs/{job}/events") as answer:
             lines = answer.iter_lines()
             assert next(lines) == "event: job"
-            closing = threading.Timer(0.2, _server_of(url).stop)
+            closing = threading.Timer(0.2, server.stop)
             closing.start()
             rest = list(lines)  # ends properly: no error of an incomplete body
             closing.join()
     assert rest[0].startswith("data: ")
-
-
-def _server_of(url: str) -> ApiServer:
-    """Found among the live objects: `serving` keeps it to itself."""
-    port = int(url.rpartition(":")[2])
-    return next(o for o in gc.get_objects() if isinstance(o, ApiServer) and o.port == port)
 
 
 def test_two_submissions_with_one_output_never_mix(
@@ -244,125 +226,6 @@ def test_what_cannot_be_right_is_said_in_one_line(
     problem(answer, 422, answer.json()["code"], says)
     assert answer.json()["code"] in {"invalid", "storage_failed"}
     assert api.get("/v1/jobs").json()["data"] == []
-
-
-@pytest.mark.parametrize(
-    "place", ["/etc/passwd", "/etc", "/no/such/thing", "rows.jsonl", "../x", "~/x", "{0}/../x", "{0}x"]
-)
-def test_no_file_outside_of_the_allowed_folders(api: httpx.Client, folder: Path, place: str) -> None:
-    """Nor is it told whether there is such a file."""
-    place = place.format(folder)
-    for name in ("manifest", "output"):
-        answer = api.post("/v1/jobs", json={**body(folder), name: place})
-        problem(answer, 422, "invalid", "s3://")
-        assert "exist" not in answer.text
-    if place.startswith(("/", ".", "~")):
-        problem(api.post("/v1/jobs", json={**body(folder), "model": place}), 422, "invalid", "s3://")
-
-
-def test_a_link_out_of_the_allowed_folders_is_followed_before_it_is_judged(api: httpx.Client, folder: Path) -> None:
-    (folder / "link").symlink_to("/etc")
-    problem(api.post("/v1/jobs", json={**body(folder), "manifest": str(folder / "link/passwd")}), 422, "invalid")
-
-
-def test_without_allowed_folders_there_is_only_s3(settings: Settings, folder: Path) -> None:
-    with serving(settings) as url, http(url) as api:
-        problem(api.post("/v1/jobs", json=body(folder)), 422, "invalid", "BLIP_ALLOWED_FOLDERS")
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"task": NaN}', b"[" * 100_000, b'{"manifest": "\\ud800"}'],
-    ids=lambda content: repr(content[:20]),
-)  # fmt: skip
-def test_a_body_that_is_none(api: httpx.Client, content: bytes) -> None:
-    answer = api.post("/v1/jobs", content=content, headers={"Content-Type": "application/json"})
-    problem(answer, answer.status_code, answer.json()["code"])
-    assert answer.status_code in {400, 422}
-
-
-def test_infinity_is_no_number(api: httpx.Client, folder: Path) -> None:
-    text = json.dumps({**body(folder), "options": {"length_penalty": float("nan")}})
-    answer = api.post("/v1/jobs", content=text, headers={"Content-Type": "application/json"})
-    problem(answer, 422, "invalid", "option 'length_penalty' must be a finite number")
-
-
-def test_large_bodies_are_refused(api: httpx.Client) -> None:
-    def pieces() -> Iterator[bytes]:
-        for _ in range(MAX_BODY // 65536 + 2):
-            yield b"x" * 65536
-
-    for content in (b"x" * (MAX_BODY + 1), pieces()):  # with a length, and in chunks without
-        answer = api.post("/v1/jobs", content=content)
-        problem(answer, 413, "too_large", str(MAX_BODY))
-        assert answer.headers["connection"] == "close"
-
-
-ROUTES = (
-    ("POST", "/v1/jobs"), ("GET", "/v1/jobs"), ("GET", "/v1/jobs/j"), ("POST", "/v1/jobs/j/cancel"),
-    ("POST", "/v1/jobs/j/pause"), ("POST", "/v1/jobs/j/resume"), ("POST", "/v1/jobs/j/retry"),
-    ("GET", "/v1/jobs/j/errors"), ("GET", "/v1/jobs/j/events"), ("GET", "/v1/backlog"), ("GET", "/v1/nothing"),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_every_route_wants_the_token(url: str, method: str, path: str) -> None:
-    with http(url, None) as api:
-        for header in (
-            None,
-            "",
-            "Bearer",
-            "Bearer wrong",
-            f"Basic {TOKEN}",
-            f"Bearer {TOKEN}x",
-            f"Bearer {TOKEN[:-1]}",
-        ):
-            answer = api.request(method, path, headers={} if header is None else {"Authorization": header})
-            problem(answer, 401, "unauthorized")
-            assert answer.headers["www-authenticate"].startswith("Bearer")
-
-
-def test_the_probes_and_the_document_are_open(url: str) -> None:
-    with http(url, None) as api:
-        assert api.get("/healthz").json() == {"status": "ok"}
-        assert api.get("/readyz").json() == {"status": "ok"}
-        document = api.get("/openapi.json").json()
-        assert {(method.upper(), path) for path, item in document["paths"].items() for method in item} == {
-            *((method, path.replace("/j/", "/{job}/")) for method, path in ROUTES if path[-2:] not in {"/j", "ng"}),
-            ("GET", "/v1/jobs/{job}"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"),
-        }  # fmt: skip
-        validate(document)
-        assert "blip_backlog_rows" in {
-            family.name for family in text_string_to_metric_families(api.get("/metrics").text)
-        }
-        problem(api.get("/docs"), 404, "not_found")
-        problem(api.delete("/healthz"), 405, "method_not_allowed")
-
-
-def test_without_a_token_only_this_machine_is_answered(settings: Settings) -> None:
-    with serving(settings, api_token="") as url, http(url, None) as api:
-        assert api.get("/v1/jobs").status_code == 200
-        problem(api.get("/v1/jobs", headers={"Origin": "http://evil.example"}), 403, "forbidden")
-        problem(api.get("/v1/jobs", headers={"Host": "evil.example"}), 403, "forbidden")  # a name made to mean us
-    with serving(settings, api_token="none") as url, http(url, None) as api:
-        assert api.get("/v1/jobs", headers={"Host": "blip.example"}).status_code == 200
-
-
-def test_an_open_api_must_be_meant(settings: Settings) -> None:
-    def start(**changes: object) -> None:
-        ApiServer(settings.model_copy(update={"api_port": 0, **changes}), lambda: None).close()
-
-    with pytest.raises(UsageError, match="BLIP_API_TOKEN=none"):
-        start(api_host="0.0.0.0")
-    start(api_host="0.0.0.0", api_token="none")
-    start(api_host="0.0.0.0", api_token="secret")
-    with pytest.raises(UsageError, match="printable") as refused:
-        start(api_token="sécret")
-    assert "sécret" not in str(refused.value)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(UsageError, match="BLIP_API_PORT"):
-            start(api_port=taken.getsockname()[1])
 
 
 def test_an_outage_of_redis_is_503_and_passes(api: httpx.Client, redis_server: RedisServer) -> None:

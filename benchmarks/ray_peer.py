@@ -1,7 +1,7 @@
 """The dry job of `benchmarks.orchestrator job` through Ray Data, for a Python that has it: PYTHON ray_peer.py IN OUT.
 
-Reads the same lines, adds the same result to each row, writes JSON Lines. It numbers no rows, checks nothing, and what it
-has done is lost with it. The time counts from when Ray is up. Prints one JSON document.
+Reads the same lines, adds the same result to each row, writes JSON Lines. It numbers no rows and checks nothing.
+The time counts from when Ray is up. Prints one JSON document.
 """
 
 import json

@@ -9,13 +9,16 @@ from typing import Any, Final, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from .errors import UsageError
 
 _SENTINEL: Final = "sentinel"
 _SENTINEL_PORT: Final = 26379
-_TIMEOUTS: Final = {"socket_timeout": 5, "socket_connect_timeout": 5}
+#: A Sentinel that is away is passed over at once: the next one knows as much. The default are seconds of retries.
+_ASKING: Final = {"socket_timeout": 5, "socket_connect_timeout": 5, "retry": Retry(NoBackoff(), 0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ def _sentinels(url: str) -> _Sentinels:
     own = {"password": asked["sentinel_password"][0]} if "sentinel_password" in asked else {}
     return _Sentinels(
         tuple(_place(place) for place in places.split(",")), unquote(master), int(db or 0),
-        unquote(user) or None, unquote(password) or None, _TIMEOUTS | own,
+        unquote(user) or None, unquote(password) or None, _ASKING | own,
     )  # fmt: skip
 
 

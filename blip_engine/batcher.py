@@ -9,7 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Final, Generic, Protocol, TypeVar
 
 
 class Batchable(Protocol):
@@ -20,11 +21,31 @@ class Batchable(Protocol):
         """Entries of equal groups may share a batch."""
 
     @property
+    def weight(self) -> int:
+        """Its share of a batch."""
+
+    @property
     def capacity(self) -> int:
-        """How many entries a batch of its group has."""
+        """The weight that a batch of its group has."""
+
+    @property
+    def least(self) -> int:
+        """Entries that a batch should have: for them it may be heavier than its capacity, up to OVERWEIGHT times."""
+
+
+#: So that no batch takes so long that it looks like a hang.
+OVERWEIGHT: Final = 4
 
 
 EntryT = TypeVar("EntryT", bound=Batchable)
+
+
+@dataclass(slots=True)
+class _Queue(Generic[EntryT]):
+    """The entries of a group, each with the time it came."""
+
+    entries: deque[tuple[float, EntryT]] = field(default_factory=deque)
+    weight: int = 0  # of all
 
 
 class Batcher(Generic[EntryT]):
@@ -32,7 +53,7 @@ class Batcher(Generic[EntryT]):
 
     def __init__(self, patience: float = 0.02) -> None:
         self._patience = patience  # seconds a batch waits for its next entry before it goes half-empty
-        self._groups: dict[Hashable, deque[tuple[float, EntryT]]] = {}
+        self._groups: dict[Hashable, _Queue[EntryT]] = {}
         self._changed = threading.Condition()
         self._closed = False
 
@@ -41,7 +62,9 @@ class Batcher(Generic[EntryT]):
         with self._changed:
             if self._closed:
                 return False
-            self._groups.setdefault(entry.group, deque()).append((time.monotonic(), entry))
+            queue = self._groups.setdefault(entry.group, _Queue())
+            queue.entries.append((time.monotonic(), entry))
+            queue.weight += entry.weight
             self._changed.notify()
             return True
 
@@ -54,7 +77,7 @@ class Batcher(Generic[EntryT]):
                         return None
                     self._changed.wait()
                     continue
-                group = min(self._groups, key=lambda g: self._groups[g][0][0])
+                group = min(self._groups, key=lambda g: self._groups[g].entries[0][0])
                 waiting = self._time_left(self._groups[group])
                 if waiting <= 0:
                     return self._cut(group)
@@ -66,15 +89,25 @@ class Batcher(Generic[EntryT]):
             self._closed = True
             self._changed.notify()
 
-    def _time_left(self, queue: deque[tuple[float, EntryT]]) -> float:
-        first = queue[0][1]
-        if self._closed or len(queue) >= first.capacity:
+    def _time_left(self, queue: "_Queue[EntryT]") -> float:
+        first = queue.entries[0][1]
+        enough = queue.weight >= first.capacity and len(queue.entries) >= first.least
+        if self._closed or enough or queue.weight >= OVERWEIGHT * first.capacity:
             return 0.0
-        return queue[-1][0] + self._patience - time.monotonic()
+        return queue.entries[-1][0] + self._patience - time.monotonic()
 
     def _cut(self, group: Hashable) -> list[EntryT]:
         queue = self._groups[group]
-        batch = [queue.popleft()[1] for _ in range(min(len(queue), queue[0][1].capacity))]
-        if not queue:
+        batch: list[EntryT] = []
+        weight = 0
+        while queue.entries:
+            entry = queue.entries[0][1]
+            room = entry.capacity * (OVERWEIGHT if len(batch) < entry.least else 1)
+            if batch and weight + entry.weight > room:
+                break
+            batch.append(queue.entries.popleft()[1])
+            weight += entry.weight
+        queue.weight -= weight
+        if not queue.entries:
             del self._groups[group]
         return batch

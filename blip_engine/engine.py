@@ -41,7 +41,7 @@ from .requests import (
     Task,
     options_for,
 )
-from .resident import MODEL_CLASSES, ResidentModel
+from .resident import MODEL_CLASSES, MOST_IN_GROUP, ResidentModel
 from .runner import AnswerRunner, CaptionRunner, EmbedRunner, MatchRunner, Prepared, runner_for
 from .stopwatch import Stopwatch
 
@@ -68,7 +68,9 @@ class _Entry:
 
     prepared: Prepared
     future: "Future[list[Result]]"
+    weight: int  # in groups of texts
     capacity: int
+    least: int  # images that the vision tower takes at once
 
     @property
     def group(self) -> Hashable:
@@ -156,7 +158,8 @@ class Engine:
         future.set_running_or_notify_cancel()  # a cancelled one would refuse its result and end the engine's thread
         try:
             runner = self._runner(request.model, request.task)
-            entry = _Entry(runner.prepare(request), future, runner.resident.shapes.groups)
+            shapes, weight = runner.resident.shapes, -(-len(request.texts) // MOST_IN_GROUP)
+            entry = _Entry(runner.prepare(request), future, weight, shapes.groups, shapes.images)
         except InputError as error:  # this request is settled; nothing was queued
             future.set_exception(error)
             return future

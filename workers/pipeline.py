@@ -21,7 +21,7 @@ from .engine_process import EngineProcess
 from .loader import LoaderPool
 from .messages import Checkpoint, Failure, Run
 
-_MOST_ROWS: Final = 64  # in one run; more rows about an image make another one
+_MOST_TEXTS: Final = 256  # in one run; more rows about an image make another one, with a vision pass of its own
 _CHECK_SECONDS: Final = 0.5  # between two looks at whether to go on, when nothing comes in
 
 
@@ -53,14 +53,22 @@ class _Flight:
         return tuple(dict.fromkeys(text for row in self.rows for text in row.texts))
 
     def split(self) -> None:
-        """Leave in `rows` those of the first run: it has one list of answers to choose from, and so many rows."""
+        """Leave in `rows` those of the first run: it has one list of answers to choose from, and so many texts."""
         if len(self.rows) == 1:
             return
         groups: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
             groups.setdefault(row.candidates, []).append(row)
-        starts = ((rows, start) for rows in groups.values() for start in range(0, len(rows), _MOST_ROWS))
-        self.rows, *others = (rows[start : start + _MOST_ROWS] for rows, start in starts)
+        runs: list[list[Row]] = []
+        for rows in groups.values():
+            room = 0
+            for row in rows:
+                if len(row.texts) > room:
+                    runs.append([])
+                    room = _MOST_TEXTS
+                runs[-1].append(row)
+                room -= len(row.texts)
+        self.rows, *others = runs
         self.later.extend(others)
 
 

@@ -18,6 +18,8 @@ class Entry:
     number: int
     group: str = "a"
     capacity: int = 4
+    weight: int = 1
+    least: int = 1
 
 
 def drained(entries: list[Entry]) -> list[list[int]]:
@@ -43,6 +45,16 @@ def test_groups_do_not_mix_and_the_one_that_waits_longest_goes_first() -> None:
 def test_a_group_left_over_keeps_its_place() -> None:
     entries = [*(Entry(number) for number in range(5)), Entry(5, "b"), Entry(6)]
     assert drained(entries) == [[0, 1, 2, 3], [4, 6], [5]]
+
+
+def test_heavy_entries_make_smaller_batches() -> None:
+    entries = [Entry(number, weight=weight) for number, weight in enumerate([3, 1, 1, 2, 2, 9, 1, 1])]
+    assert drained(entries) == [[0, 1], [2, 3], [4], [5], [6, 7]]
+
+
+def test_the_least_number_of_entries_may_exceed_the_capacity_four_times() -> None:
+    entries = [Entry(number, weight=weight, least=3) for number, weight in enumerate([3, 3, 3, 3, 8, 8, 1, 99, 1])]
+    assert drained(entries) == [[0, 1, 2], [3, 4], [5, 6], [7], [8]]
 
 
 @settings(max_examples=100, deadline=None)
@@ -71,6 +83,13 @@ class TestWaiting:
         for number in range(4):
             batcher.put(Entry(number))
         assert timed(batcher.take) < 5
+
+    def test_a_batch_that_is_heavy_enough_does_not_wait(self) -> None:
+        for weights in ((4, 1, 1), (16,)):
+            batcher: Batcher[Entry] = Batcher(patience=30)
+            for number, weight in enumerate(weights):
+                batcher.put(Entry(number, weight=weight, least=3))
+            assert timed(batcher.take) < 5
 
     def test_a_half_empty_batch_waits_its_patience_only(self) -> None:
         batcher: Batcher[Entry] = Batcher(patience=0.1)

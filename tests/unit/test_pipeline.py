@@ -98,9 +98,18 @@ def test_several_texts_of_a_row_are_a_list() -> None:
 
 def test_many_rows_of_one_image_are_several_runs() -> None:
     children = Children()
-    records = work(children, [row(n, "a", f"t{n}") for n in range(150)])
-    assert outcomes(records) == [f"T{n}" for n in range(150)]
-    assert [len(run.texts) for run in children.runs] == [64, 64, 22]
+    records = work(children, [row(n, "a", f"t{n}") for n in range(600)])
+    assert outcomes(records) == [f"T{n}" for n in range(600)]
+    assert [len(run.texts) for run in children.runs] == [256, 256, 88]
+    assert len(children.loads) == 1
+
+
+def test_a_run_has_so_many_texts_or_one_row() -> None:
+    children = Children()
+    counts = [100, 100, 57, 300, 1, 255, 1]
+    rows = [row(n, "a", *(f"t{n}-{k}" for k in range(count)), several=True) for n, count in enumerate(counts)]
+    assert len(work(children, rows)) == 7
+    assert [len(run.texts) for run in children.runs] == [200, 57, 300, 256, 1]
 
 
 def test_images_in_flight_are_bounded_by_the_slots() -> None:

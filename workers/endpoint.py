@@ -1,5 +1,6 @@
 """The worker's HTTP endpoint: /metrics for Prometheus, /healthz and /readyz for probes. Nothing in it is secret."""
 
+import socket
 import socketserver
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,6 +49,8 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], registry: CollectorRegistry, health: Judge) -> None:
         self.registry, self.health = registry, health
+        if ":" in address[0]:  # "::" is every address, of both kinds
+            self.address_family = socket.AF_INET6
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:

@@ -210,6 +210,13 @@ def test_probes_and_strange_paths(cluster: Cluster) -> None:
     assert worker.get("/")[0] == 404
 
 
+def test_it_listens_on_addresses_of_both_kinds(cluster: Cluster) -> None:
+    worker = Scraped(cluster, BLIP_METRICS_HOST="::")
+    until_ready(worker)  # by 127.0.0.1
+    with urllib.request.urlopen(f"http://[::1]:{worker.port}/healthz", timeout=5) as answer:
+        assert answer.read() == b"ok\n"
+
+
 def test_a_port_that_is_taken_is_one_line(cluster: Cluster) -> None:
     worker = Scraped(cluster)
     until_ready(worker)

@@ -224,12 +224,17 @@ def _parts_of(chunk: Chunk, rounds: Sequence[Round]) -> Iterator[tuple[int, int]
 def failures_by_chunk(plan: Plan, first_row: int = 0) -> Iterator[tuple[Chunk, list[dict[str, Any]]]]:
     """Chunks from the one that holds `first_row` on, and the error records that they have so far, in manifest order.
 
-    The job may be at work. Only the latest outcome of a row counts; chunks without failures are here too.
+    The job may be at work. Only the latest outcome of a row counts; chunks without failures are here too, and where
+    the summary knows of them, they are not read.
     """
-    numbers = range(len(load_rounds(plan)) + 1)
+    rounds = load_rounds(plan)
+    known, numbers = _summed_up(plan, len(rounds)), range(len(rounds) + 1)
     present = [present_chunks(plan, number) for number in numbers]
     for chunk in plan.all_chunks():
         if chunk.first_row + chunk.rows <= first_row:
+            continue
+        if known.get(part_key(chunk.id, last_part(chunk, rounds)[0], plan.results)) == 0:
+            yield chunk, []
             continue
         latest: dict[int, dict[str, Any]] = {}
         for number in numbers:

@@ -136,6 +136,21 @@ def test_errors_in_pages_and_as_lines(
     problem(api.get("/v1/jobs/job-0/errors"), 404, "unknown_job")
 
 
+def test_errors_are_found_without_reading_what_has_none(
+    api: httpx.Client, settings: Settings, controller: Controller, folder: Path
+) -> None:
+    given = body(folder)
+    write_manifest(folder, 60, lambda n: n in {25, 51})
+    job = api.post("/v1/jobs", json=given).json()["id"]
+    advance(controller, job, ended, MiniWorker(settings))
+    for chunk in (0, 1, 3, 4):
+        (folder / f"out/results/part-{chunk:08d}.jsonl").write_text("nobody reads this")
+    page = api.get(f"/v1/jobs/{job}/errors").json()
+    assert [record["row"] for record in page["data"]] == [25, 51]
+    (folder / "out/results/part-00000002.jsonl").write_text("but this")
+    problem(api.get(f"/v1/jobs/{job}/errors"), 409, "part_unreadable", "part-00000002.jsonl")
+
+
 def test_events_tell_of_changes_until_the_end(
     api: httpx.Client, settings: Settings, controller: Controller, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo test lint docs bench bench-limit bench-profile bench-pipeline bench-orchestrator clean
+.PHONY: demo test lint docs bench bench-limit bench-profile bench-pipeline bench-feeding bench-orchestrator clean
 
 demo: $(VENV)/worker.stamp ## draw pictures; caption, question and match them; show how often the model is right
 	$(BIN)/blip-batch demo --output demo $(DEMO_ARGS)
@@ -35,6 +35,9 @@ bench-profile: $(VENV)/dev.stamp ## where the engine's time goes, stage by stage
 
 bench-pipeline: $(VENV)/dev.stamp ## a whole `blip-batch run` against the engine alone
 	$(BIN)/python -m benchmarks.pipeline $(BENCH_ARGS)
+
+bench-feeding: $(VENV)/dev.stamp ## what a GET, a decode, a resize and a row's messages cost
+	$(BIN)/python -m benchmarks.feeding $(BENCH_ARGS)
 
 # BENCH_ARGS='plan --rows 100000000' (10 GB that exist nowhere), 'job --rows 10000000' (needs 4 GB of disk), 'fairness'
 bench-orchestrator: $(VENV)/dev.stamp ## planning, handing out, writing and checking, without images or a model

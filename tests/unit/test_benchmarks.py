@@ -57,6 +57,14 @@ def test_pipeline(tmp_path: Path) -> None:
     assert {"engine", "loaders", "worker", "redis"} <= repeat["cpu_seconds"].keys()
 
 
+def test_feeding(tmp_path: Path) -> None:
+    found = figures(tmp_path, "feeding", "--times", "1", "--rows", "512")
+    assert found["gets"].keys() == {"boto3's client", "loaders"}
+    assert [row[-1] <= 1 for row in found["images"]] == [True] * 4  # the device's resize, in levels
+    assert all(spent > 0 for spent in found["rows"].values())
+    assert len(found["rows"]) == 3
+
+
 def orchestrator(tmp_path: Path, mode: str) -> Any:
     command = [sys.executable, "-m", "benchmarks.orchestrator", mode, "--quick", "--json", str(tmp_path / "out.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)

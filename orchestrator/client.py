@@ -95,8 +95,10 @@ class Api:
         places = {name: _whole(str(job[name])) for name in ("manifest", "output")}
         if job.get("model"):
             places["model"] = "+".join(map(_whole_model, str(job["model"]).split("+")))
-        made = self._ask("POST", "/v1/jobs", json={**job, **places}, again=True)  # the same job again is the same job
-        return str(made["id"])
+        # With what JSON has no words for (NaN, file names that are no text): the server words the refusal.
+        body = json.dumps({**job, **places}).encode()
+        made = self._ask("POST", "/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+        return str(made["id"])  # sent again it is the same job
 
     def jobs(self) -> Iterator[dict[str, Any]]:
         after: str | None = None

@@ -26,6 +26,7 @@ from .settings import Settings
 from .storage import Store, is_s3, open_store, split_s3
 
 JOB_KEY: Final = "job.json"
+_LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _MODEL: Final = re.compile(r"demo|[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
@@ -53,6 +54,9 @@ def make_spec(  # noqa: PLR0913 - a job has as many arguments as options
         raise UsageError(f"unknown format of results {results!r}; they are: {', '.join(RESULT_FORMATS)}")
     if manifest_format is not None and manifest_format not in FORMATS:
         raise UsageError(f"unknown manifest format {manifest_format!r}; the formats are: {', '.join(FORMATS)}")
+    for text in (manifest, output, model or "", *(columns or {}).values()):
+        if _LONE_SURROGATE.search(text):  # a file name that is no UTF-8, or an escape that is half a character
+            raise UsageError(f"{text!r} is not text in UTF-8, which JSON needs; rename it")
     for name, value in (options or {}).items():
         if isinstance(value, float) and not math.isfinite(value):  # which JSON cannot say
             raise UsageError(f"option {name!r} must be a finite number, not {value!r}")
@@ -86,7 +90,7 @@ def check_remote(manifest: str, output: str, model: str | None, settings: Settin
 
 
 def _check_allowed(what: str, text: str, settings: Settings) -> None:
-    if "://" in text or "\0" in text or not text:
+    if "://" in text or "\0" in text or not text or _LONE_SURROGATE.search(text):
         return  # s3:// is well, and `make_spec` refuses the rest without a look at any file
     if not text.startswith("/"):
         raise UsageError(f"{what} {text}: give an s3:// URI, or a whole path that starts with /")

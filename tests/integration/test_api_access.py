@@ -4,6 +4,7 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -68,6 +69,22 @@ def test_a_body_that_is_none(api: httpx.Client, content: bytes) -> None:
     answer = api.post("/v1/jobs", content=content, headers={"Content-Type": "application/json"})
     problem(answer, answer.status_code, answer.json()["code"])
     assert answer.status_code in {400, 422}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"manifest": "s3://b/\ud800"},
+        {"output": "s3://b/\udcff"},
+        {"columns": {"id": "\ud800"}},
+        {"manifest": "/x\ud800"},
+        {"model": "/x\ud800"},
+    ],
+)
+def test_half_a_character_is_no_text(api: httpx.Client, folder: Path, change: dict[str, Any]) -> None:
+    text = json.dumps({**body(folder), **change})
+    answer = api.post("/v1/jobs", content=text, headers={"Content-Type": "application/json"})
+    problem(answer, 422, "invalid", "is not text in UTF-8")
 
 
 def test_infinity_is_no_number(api: httpx.Client, folder: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -216,6 +216,8 @@ def test_commands_refuse_in_one_line(url: str, folder: Path) -> None:
     one_line_error(blip_batch(*submit, "paint"), "unknown task 'paint'; the tasks are: caption")
     one_line_error(blip_batch(*submit, "caption", "--option", "beams=3"), "has no option 'beams'")
     one_line_error(blip_batch(*submit, "caption", "--weight", "0"), "weight=0")
+    one_line_error(blip_batch(*submit, "caption", "--option", "length_penalty=NaN"), "must be a finite number")
+    one_line_error(blip_batch("submit", "s3://b/\udcff", *submit[2:], "caption"), "is not text in UTF-8")
     one_line_error(blip_batch("submit", "rows.jsonl", "--output", folder, "--task", "vqa"), "BLIP_ALLOWED_FOLDERS")
 
 
@@ -229,24 +231,36 @@ def test_submit_without_an_api_goes_through_redis(
     assert done.returncode == 0, done.stderr
     assert controller.ledger.jobs() == [done.stdout.strip()]
     one_line_error(blip_batch(*given[:-1], "--results", "xml"), "unknown format of results 'xml'")
+    one_line_error(blip_batch(*given[:-1], "--option", "length_penalty=NaN"), "must be a finite number")
+    one_line_error(blip_batch("submit", "s3://b/\udcff", *given[2:]), "is not text in UTF-8")
     one_line_error(blip_batch(*given[:-1], "--results", "parquet"), "holds a job with")
 
 
-def test_the_example_of_the_client_runs(
-    url: str, settings: Settings, controller: Controller, s3_server: MotoServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The one in its docstring, word for word."""
+def of_docstring(url: str) -> str:
     assert client.__doc__ is not None
-    example = re.search(r"\n\n((    .*\n|\n)+)", client.__doc__)
-    assert example is not None
-    store = open_store("s3://photos")
+    found = re.search(r"\n\n((    .*\n|\n)+)", client.__doc__)
+    assert found is not None
+    code = "\n".join(line[4:] for line in found[1].splitlines())
+    return code.replace('"http://127.0.0.1:8080", token', f"{url!r}, {TOKEN!r}")
+
+
+def of_readme(_: str) -> str:
+    section = (Path(__file__).parents[2] / "README.md").read_text().split("### From Python")[1]
+    return section.split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize("example", [of_docstring, of_readme])
+def test_the_examples_run(
+    url: str, settings: Settings, controller: Controller, s3_server: MotoServer, capsys: pytest.CaptureFixture[str],
+    example: Callable[[str], str],
+) -> None:  # fmt: skip
+    """Word for word."""
     make_bucket("photos")
+    store = open_store("s3://photos")
     rows = "".join(json.dumps({"image": f"s3://photos/{'bad' if n == 2 else 'img'}-{n}.png"}) + "\n" for n in range(4))
     store.put("rows.jsonl", rows.encode())
-    code = "\n".join(line[4:] for line in example[1].splitlines())
-    code = code.replace('"http://127.0.0.1:8080", token', f"{url!r}, {TOKEN!r}")
     with at_work(controller, MiniWorker(settings)):
-        exec(compile(code, "example", "exec"), {})
+        exec(compile(example(url), "example", "exec"), {})
     said = capsys.readouterr().out
     assert "4 of 4" in said
     assert "s3://photos/img-3.png {'caption': 's3://photos/img-3.png'" in said

@@ -142,12 +142,12 @@ def test_recording_rules_have_data(run: Run) -> None:
 
 def test_the_numbers_are_those_of_the_ledger(run: Run) -> None:
     run.prometheus.until("blip_rows_done_total > 100")
+    done = float(run.prometheus.query("max(blip_rows_done_total)")[0]["value"][1])
     progress = run.cluster.ledger.progress(run.job)
     assert progress is not None
-    done = float(run.prometheus.query("max(blip_rows_done_total)")[0]["value"][1])
-    assert done <= progress.completed + progress.failed <= done + 400  # a scrape and a cache behind
+    assert done <= progress.completed + progress.failed <= done + 1000  # a scrape and a cache behind
     left = float(run.prometheus.query("max(blip_backlog_rows) + max(blip_rows_done_total)")[0]["value"][1])
-    assert left == pytest.approx(ROWS, abs=1)
+    assert left == pytest.approx(ROWS, abs=100)  # chunks that end between two reads of Redis
 
 
 def test_a_stall_raises_its_alerts_and_its_end_lowers_them(run: Run) -> None:

@@ -50,4 +50,4 @@ def _read(text: str) -> Any:
 def test_the_formula_is_the_readmes() -> None:
     formula = re.search(r"    by_time = .*\n    by_work = .*\n    desired_workers = .*\n", TEXT)
     assert formula
-    assert formula[0] in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert formula[0] in (ROOT / "docs/http-api.md").read_text(encoding="utf-8")

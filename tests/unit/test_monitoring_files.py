@@ -21,7 +21,7 @@ RULES = CHART / "rules" / "blip-batch.yaml"
 ALERTS = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"] if "alert" in rule]
 DASHBOARDS = sorted((CHART / "dashboards").glob("*.json"))
 FAMILIES = [*of_orchestrator.FAMILIES, *of_worker.FAMILIES]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
 
 sys.path.insert(0, str(ROOT / "docs"))
 import generate_dashboards  # noqa: E402
@@ -103,7 +103,7 @@ def test_every_metric_is_in_a_dashboard_or_an_alert() -> None:
 
 
 def test_the_readme_lists_every_metric_with_its_labels() -> None:
-    listed = dict(re.findall(r"^\| `(blip_\w+)(?:\{([\w,]*)\})?` \| \w+ \|", README, re.MULTILINE))
+    listed = dict(re.findall(r"^\| `(blip_\w+)(?:\{([\w,]*)\})?` \| \w+ \|", PAGE, re.MULTILINE))
     assert listed == {family.name: ",".join(family.labels) for family in FAMILIES}
 
 

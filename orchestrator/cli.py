@@ -1,6 +1,7 @@
 """`blip-batch`: the commands. Heavy imports wait inside them, so that `--help` is quick."""
 
 import sys
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -113,6 +114,8 @@ register_output(app)
 
 def main() -> None:
     """The console script. Every expected error is one line on standard error, and the contract's exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):  # rows may hold what a terminal has no bytes for
+        sys.stdout.reconfigure(errors="backslashreplace")
     collect_rarely()
     sys.exit(_run(sys.argv[1:] or ["--help"]))
 

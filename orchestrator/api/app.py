@@ -1,5 +1,6 @@
 """The app: the routes of /v1, the health of the process, its metrics, and the OpenAPI document."""
 
+import json
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from ..ledger import Ledger
 from ..metrics import exposition, make_registry
@@ -23,6 +24,13 @@ Errors are problem+json with a stable `code`. A job's `status`: validating, in_p
 failed, cancelling, cancelled, paused. Results are in the job's output, not here."""
 
 
+class EscapedJson(JSONResponse):
+    """Rows may hold lone surrogates, which only escapes can carry."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
 def create_app(
     ledger: Ledger,
     settings: Settings,
@@ -36,7 +44,8 @@ def create_app(
     """
     app = FastAPI(
         title="blip-batch", version=version("blip-batch"), description=_ABOUT, docs_url=None, redoc_url=None,
-        redirect_slashes=False, generate_unique_id_function=lambda route: route.name,
+        redirect_slashes=False, default_response_class=EscapedJson,
+        generate_unique_id_function=lambda route: route.name,
     )  # fmt: skip
     install(app)
     app.add_middleware(Guard, settings=settings)

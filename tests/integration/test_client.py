@@ -198,6 +198,26 @@ def test_the_commands_over_http(url: str, settings: Settings, controller: Contro
     assert blip_batch("cancel", job).stdout == f"{job} cancelling\n"
 
 
+def test_rows_that_are_half_text(
+    url: str, blip: BlipBatch, settings: Settings, controller: Controller, folder: Path
+) -> None:
+    """A lone surrogate is JSON, as an escape: it comes through the API, and no command stumbles over it."""
+    rows = [{"image": f"bad-{n}-\ud800-é.png", "note": "\udfff"} for n in range(3)] + [{"image": "img.png"}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = blip.submit(folder / "rows.jsonl", "caption", folder / "out", model="demo")
+    with at_work(controller, MiniWorker(settings)):
+        assert job.wait(timeout=30, pause=0.05).request_counts.failed == 3
+    records = list(job.errors())
+    assert [record["image"] for record in records] == [row["image"] for row in rows[:3]]
+    assert [record["input"] for record in records] == [{"note": "\udfff"}] * 3
+    for environment in ({}, {"BLIP_API_URL": "", "BLIP_REDIS_URL": settings.redis_url}):
+        lines = blip_batch("errors", job.id, "--json", **environment).stdout.splitlines()
+        assert [json.loads(line)["image"] for line in lines] == [row["image"] for row in rows[:3]]
+        text = blip_batch("errors", job.id, **environment)
+        assert text.returncode == 0
+        assert "bad-0-\\ud800-é.png" in text.stdout
+
+
 def test_the_shell_completes_job_ids_over_http(url: str, blip: BlipBatch, folder: Path) -> None:
     job = a_job(blip, folder).id
     done = blip_batch(

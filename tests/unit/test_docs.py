@@ -28,7 +28,7 @@ def test_every_command_has_its_section(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_is_in_the_readme(name: str) -> None:
-    assert re.search(rf"^\| `blip-batch (\w+ \w+`, `)*.*\b{name}\b", README, re.MULTILINE)
+    assert re.search(rf"^\| `blip-batch .*\b{name}\b", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -19,7 +19,7 @@ from blip_engine.requests import Task
 
 from .contract import ResultFormat, to_line
 from .errors import UsageError
-from .fastjson import loads_for
+from .fastjson import Loads, loads_for
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,15 +63,26 @@ def decode(data: bytes, results: ResultFormat) -> Iterator[Record]:
         data = _unzipped(data)
     if data and not data.endswith(b"\n"):
         raise ValueError("its last line is cut off")
+    yield from _from_lines(data)
+
+
+def _from_lines(data: bytes) -> list[Record]:
     lines, loads = data.split(b"\n")[:-1], loads_for(data)
-    for number, line in enumerate(lines, 1):
-        try:
-            record = loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise ValueError(f"line {number}: not a JSON object")
-        yield record
+    try:
+        records = [loads(line) for line in lines]
+        wrong = next((number for number, record in enumerate(records, 1) if type(record) is not dict), None)
+    except ValueError:
+        wrong = next(number for number, line in enumerate(lines, 1) if not _is_record(line, loads))
+    if wrong is not None:
+        raise ValueError(f"line {wrong}: not a JSON object")
+    return records
+
+
+def _is_record(line: bytes, loads: Loads) -> bool:
+    try:
+        return isinstance(loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _unzipped(data: bytes) -> bytes:

@@ -21,7 +21,7 @@ from .contract import Chunk, ResultFormat
 from .errors import JobError, ObjectNotFound
 from .parts import CheckedPart, PartError, PartInfo, check, chunk_of, describe, part_key, part_prefix, read_part
 from .plan import Plan
-from .storage import Store
+from .storage import LocalStore, Store
 
 SUMMARY_KEY: Final = "summary.json"  # what `finalizer` writes once every part is there
 _READERS: Final = 8
@@ -247,7 +247,8 @@ def failures_by_chunk(plan: Plan, first_row: int = 0) -> Iterator[tuple[Chunk, l
 def merged_chunks(plan: Plan) -> Iterator[MergedChunk]:
     """Every chunk, checked, in order; a bounded number of them in memory. Raises PartError and StorageError."""
     rounds, chunks = load_rounds(plan), plan.all_chunks()
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="parts") as pool:
+    readers = 1 if isinstance(plan.store, LocalStore) else _READERS  # reading takes longer than checking, or less
+    with ThreadPoolExecutor(readers, thread_name_prefix="parts") as pool:
         while window := list(islice(chunks, _WINDOW)):
             yield from pool.map(lambda chunk: merged_chunk(plan, chunk, rounds), window)
 

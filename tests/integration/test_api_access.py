@@ -145,6 +145,12 @@ def test_the_probes_and_the_document_are_open(url: str) -> None:
         problem(api.delete("/healthz"), 405, "method_not_allowed")
 
 
+def test_answers_do_not_wait_for_acknowledgements(url: str) -> None:
+    """40 ms each on one connection, if the accepted sockets lacked TCP_NODELAY."""
+    with http(url) as api:
+        assert min(api.get("/healthz").elapsed.total_seconds() for _ in range(20)) < 0.03
+
+
 def test_without_a_token_only_this_machine_is_answered(settings: Settings) -> None:
     with serving(settings, api_token="") as url, http(url, None) as api:
         assert api.get("/v1/jobs").status_code == 200

@@ -264,12 +264,12 @@ def of_docstring(url: str) -> str:
     return code.replace('"http://127.0.0.1:8080", token', f"{url!r}, {TOKEN!r}")
 
 
-def of_readme(_: str) -> str:
-    section = (Path(__file__).parents[2] / "README.md").read_text().split("### From Python")[1]
+def of_the_docs(_: str) -> str:
+    section = (Path(__file__).parents[2] / "docs/http-api.md").read_text().split("## From Python")[1]
     return section.split("```python\n")[1].split("```")[0]
 
 
-@pytest.mark.parametrize("example", [of_docstring, of_readme])
+@pytest.mark.parametrize("example", [of_docstring, of_the_docs])
 def test_the_examples_run(
     url: str, settings: Settings, controller: Controller, s3_server: MotoServer, capsys: pytest.CaptureFixture[str],
     example: Callable[[str], str],

@@ -1,15 +1,13 @@
 """Scaled dot-product attention and its masks, the one place where both towers attend."""
 
-import math
-import time
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Whether plain products beat the fused kernel, by device type and number type, as `measure_products` found it
-_PRODUCTS: dict[tuple[str, torch.dtype], bool] = {}
-_CLEARLY = 1.2  # times as fast: noise must not decide, for both round differently
+from .precision import cpu_features
+
 #: Scores made at once where nobody asks for them: more of them leave a processor's cache before the softmax and the
 #: second product have read them, which cost a seventh of the vision tower's attention.
 _AT_ONCE = 2_000_000
@@ -23,7 +21,7 @@ def attend(
     `mask` is added to the scores and broadcasts to (B, heads, T, S). Returns the context (B, heads, T, hs) and, with
     `weights`, the attention probabilities (B, heads, T, S), which the fused kernels do not give.
     """
-    plain = weights or _learns(mask, query, key, value) or _PRODUCTS.get((query.device.type, query.dtype), False)
+    plain = weights or _learns(mask, query, key, value) or prefers_products(query.device.type, query.dtype)
     if not plain:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
     if mask is None and not weights and not dropout:
@@ -49,25 +47,15 @@ def _in_parts(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (torch.cat(contexts) if len(contexts) > 1 else contexts[0]).unflatten(0, query.shape[:2])
 
 
-@torch.inference_mode()
-def measure_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Find out, once, whether attention on this device is faster as plain products than as torch's fused kernel.
+@lru_cache
+def prefers_products(device: str, dtype: torch.dtype) -> bool:
+    """Whether attention on this type of device is better done as plain products than by torch's fused kernel.
 
-    It is in bfloat16 on processors whose fused kernel has no fast path for it: twice as fast on some, and there half of
-    the vision tower's time beside the linear layers. On a GPU the fused kernels are not questioned.
+    It is in half precision on processors without AMX: the fused kernel has a fast path for AMX only, and elsewhere
+    takes two to three times as long. The processor alone decides, not a measurement: the two round differently, and
+    every process of a machine must give the same bits.
     """
-    place = device.type, dtype
-    if device.type != "cpu" or place in _PRODUCTS:
-        return _PRODUCTS.setdefault(place, False)
-    tokens = torch.randn(4, 12, 577, 64).to(device, dtype)  # a block of images in the base model
-    times = {True: [math.inf], False: [math.inf]}
-    for products in (True, False) * 5:
-        _PRODUCTS[place] = products
-        start = time.perf_counter()
-        attend(tokens, tokens, tokens, None)
-        times[products].append(time.perf_counter() - start)
-    _PRODUCTS[place] = _CLEARLY * min(times[True]) < min(times[False])
-    return _PRODUCTS[place]
+    return device == "cpu" and dtype in {torch.bfloat16, torch.float16} and not cpu_features().get("amx_bf16")
 
 
 def _learns(mask: Tensor | None, *inputs: Tensor) -> bool:

@@ -21,7 +21,6 @@ from typing import Any, Self, TypeAlias, cast
 import numpy as np
 import torch
 
-from .attention import measure_products
 from .batcher import Batcher
 from .checkpoint import find_checkpoint
 from .config import CONFIG_FILE
@@ -132,7 +131,6 @@ class Engine:
         if task not in TASKS:
             raise CheckpointError(f"checkpoints are made for {', '.join(TASKS)}; {task!r} uses theirs")
         checkpoint = find_checkpoint(model, task=task)
-        measure_products(self.device, self.dtype)  # before the processors are busy with anything else
         with ThreadPoolExecutor(1) as beside:  # half a second for a base model
             digest = beside.submit(checkpoint.weights_sha256)
             resident: ResidentModel[Any] = ResidentModel(

@@ -1,5 +1,6 @@
 """Which device and which number type a model runs on."""
 
+from collections.abc import Mapping
 from typing import Final, Literal, TypeAlias, get_args
 
 import torch
@@ -39,5 +40,10 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         return _DTYPES[precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # old torch cannot say
+    features = cpu_features()
     return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
+
+
+def cpu_features() -> Mapping[str, object]:
+    """What this processor can do, by name (`avx512_bf16`, `amx_bf16`); nothing is known where torch cannot say."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .absorption import Absorbed, absorbing_pays
-from .attention import measure_products, split_heads
+from .attention import prefers_products, split_heads
 from .cache import CrossKeys
 from .checkpoint import Checkpoint
 from .config import BlipConfig
@@ -154,7 +154,7 @@ class ResidentModel(Generic[ModelT]):
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in the patches' convolution too
         self.device, self.dtype = device, dtype
         self.stopwatch = Stopwatch(device)  # started and stopped by whoever runs a batch
-        self.attention = "product" if measure_products(device, dtype) else "fused"  # the faster one here
+        self.attention = "product" if prefers_products(device.type, dtype) else "fused"
         vision = self.model.config.vision_config
         self.image_size = (vision.image_size, vision.image_size)
         self.shapes = Shapes.fitting(self.model.config, device, dtype)

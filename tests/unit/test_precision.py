@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from blip_engine import Engine
+from blip_engine import Engine, attention
 from blip_engine.requests import TASKS, Task
 from blip_engine.shapes.scenes import held_out_drawings
 from blip_engine.shapes.texts import mismatch, questions
@@ -63,3 +63,16 @@ def test_half_precision(task: Task, device: torch.device) -> None:
         same = [n for n in range(COUNT) if said[n] == words[n]]
         assert len(same) >= (1 - 2 * DROP) * COUNT
         assert np.median(np.abs(others[same] - scores[same])) <= SCORE
+
+
+@pytest.mark.parametrize(("amx", "dtype", "products"), [
+    (False, torch.bfloat16, True), (True, torch.bfloat16, False), (False, torch.float32, False),
+])  # fmt: skip
+def test_the_processor_alone_decides_how_attention_is_done(
+    amx: bool, dtype: torch.dtype, products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measurement would decide otherwise in a busy minute, and then two workers' results would differ."""
+    prefers = attention.prefers_products.__wrapped__
+    monkeypatch.setattr(attention, "cpu_features", lambda: {"amx_bf16": amx})
+    assert prefers("cpu", dtype) is products
+    assert not prefers("cuda", dtype)

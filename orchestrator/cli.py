@@ -19,6 +19,7 @@ from .report import EXIT_FAILED, EXIT_INTERRUPTED, print_error, print_json, prin
 if TYPE_CHECKING:
     from .verify import Audit
 
+_SHOWN = 10  # problems of an audit
 app = typer.Typer(
     name="blip-batch",
     help="Caption, question and match images with BLIP: one command, correct files.",
@@ -84,14 +85,15 @@ def verify(
 
 
 def _print_audit(audit: "Audit") -> None:
-    for problem in audit.problems:
+    for problem in audit.problems[:_SHOWN]:
         print_line(problem)
-    if audit.problem_count > len(audit.problems):
-        print_line(f"… and {audit.problem_count - len(audit.problems)} more")
+    if audit.problem_count > _SHOWN:
+        print_line(f"… and {audit.problem_count - _SHOWN} more; --json lists the first hundred")
     verdict = "ok: every row exactly once" if audit.ok else f"{audit.problem_count} problem(s)"
+    # A chunk has a part in every round that it belongs to, so after a retry there are more parts than chunks.
+    where = f"{audit.parts} of {audit.chunks}" if audit.rounds == 1 else f"{audit.parts}"
     print_line(
-        f"{verdict}; {audit.rows_found} of {audit.rows_planned} rows in {audit.parts} of {audit.chunks} parts, "
-        f"{audit.failed} with errors"
+        f"{verdict}; {audit.rows_found} of {audit.rows_planned} rows in {where} parts, {audit.failed} with errors"
     )
 
 

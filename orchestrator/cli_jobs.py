@@ -127,7 +127,7 @@ def _lines(view: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if view["eta_seconds"] is not None:
         yield "time left", _duration(view["eta_seconds"])
     if view["estimated_cost"] is not None:
-        yield "cost", f"{view['estimated_cost']:.2f} when done"
+        yield "cost", f"{view['estimated_cost']:.4g} when done"
 
 
 def _speed(view: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ _SHOWN: Final = 4  # rows of each task in the demo's table
 
 Workers = Annotated[int, typer.Option(min=1, max=64, help="Worker processes on this machine; each holds the model.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [BLIP_DEVICE].")]
-Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16 [BLIP_PRECISION].")]
+Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16, or int8 on a CPU [BLIP_PRECISION].")]
 Column = Annotated[list[str] | None, typer.Option(help="image=url_col: the manifest's name for a key; repeatable.")]
 Redis = Annotated[str | None, typer.Option(help="A redis-server program to use [BLIP_REDIS_BINARY].")]
 

@@ -76,6 +76,9 @@ def url(settings: Settings, controller: Controller, s3_server: object) -> Iterat
         yield url
 
 
+# The services run in threads of this process and draw the jitter of their retries from `random`, which Hypothesis
+# takes for its strategies' doing.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @schema.parametrize()
 def test_no_input_is_a_bug_and_every_answer_is_as_documented(case: schemathesis.Case, url: str) -> None:
     answer = case.call(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30)

@@ -52,9 +52,9 @@ def write_parquet(path: Path, rows: int) -> None:
 
 @pytest.mark.parametrize(("name", "write"), [("m.csv.gz", write_csv), ("m.parquet", write_parquet)])
 def test_memory_does_not_grow_with_the_manifest(tmp_path: Path, name: str, write: object) -> None:
-    few, many = 500_000, 2_000_000
+    few, many = 500_000, 4_000_000
     for rows in (few, many):
         write(tmp_path / f"{rows}-{name}", rows)  # type: ignore[operator]
     small, large = (peak(tmp_path / f"{rows}-{name}", rows) for rows in (few, many))
-    assert large <= small + 24, (small, large)
+    assert large <= small + 48, (small, large)  # blocks of up to 8 MiB are read ahead
     assert large <= 250

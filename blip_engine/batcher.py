@@ -68,19 +68,23 @@ class Batcher(Generic[EntryT]):
             self._changed.notify()
             return True
 
-    def take(self) -> list[EntryT] | None:
-        """The next batch, at least one entry; waits for it. None once closed and empty."""
+    def take(self, wait: bool = True) -> list[EntryT] | None:
+        """The next batch, at least one entry; waits for it. None once closed and empty.
+
+        With `wait` off it returns at once: None also if no batch is due yet.
+        """
         with self._changed:
             while True:
-                if not self._groups:
-                    if self._closed:
-                        return None
-                    self._changed.wait()
-                    continue
-                group = min(self._groups, key=lambda g: self._groups[g].entries[0][0])
-                waiting = self._time_left(self._groups[group])
-                if waiting <= 0:
-                    return self._cut(group)
+                waiting: float | None = None
+                if self._groups:
+                    group = min(self._groups, key=lambda g: self._groups[g].entries[0][0])
+                    waiting = self._time_left(self._groups[group])
+                    if waiting <= 0:
+                        return self._cut(group)
+                elif self._closed:
+                    return None
+                if not wait:
+                    return None
                 self._changed.wait(waiting)
 
     def close(self) -> None:

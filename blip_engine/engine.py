@@ -4,22 +4,19 @@
     engine.caption([image])[0].text
     engine.answer([image, image], ["what shape is it?", "what color is it?"])
 
-One thread runs `step`: take a batch, run it, settle its futures. Every future settles, whatever happens.
+One thread (`steps.py`) takes batches and runs them. Every future settles, whatever happens.
 """
 
 import json
 import logging
 import threading
-import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias, cast
 
 import numpy as np
-import torch
 
 from .batcher import Batcher
 from .checkpoint import find_checkpoint
@@ -42,8 +39,8 @@ from .requests import (
     options_for,
 )
 from .resident import MODEL_CLASSES, MOST_IN_GROUP, ResidentModel
-from .runner import AnswerRunner, CaptionRunner, EmbedRunner, MatchRunner, Prepared, runner_for
-from .stopwatch import Stopwatch
+from .runner import EmbedRunner, MatchRunner, runner_for
+from .steps import AnyRunner, Entry, Steps
 
 _log = logging.getLogger(__name__)
 
@@ -62,48 +59,33 @@ class ModelInfo:
     image_size: tuple[int, int]  # height and width the model takes, pixels
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A queued request."""
-
-    prepared: Prepared
-    future: "Future[list[Result]]"
-    weight: int  # in groups of texts
-    capacity: int
-    least: int  # images that the vision tower takes at once
-
-    @property
-    def group(self) -> Hashable:
-        request = self.prepared.request
-        return request.model, request.task, request.options, bool(request.candidates)
-
-
 class Engine:
     """Holds models on a device and serves requests for all of them from one queue.
 
     An image is a Pillow image, a path, a file's bytes, or uint8 pixels (H, W, 3).
     """
 
-    def __init__(self, device: str = "auto", precision: str = "auto") -> None:
-        """`device`: auto, cpu, cuda, cuda:N. `precision`: auto, fp32, bf16, fp16, int8. Raises OptionError."""
+    def __init__(self, device: str = "auto", precision: str = "auto", overlap: bool = False) -> None:
+        """`device`: auto, cpu, cuda, cuda:N. `precision`: auto, fp32, bf16, fp16, int8. Raises OptionError.
+
+        `overlap`: begin with the images of a batch while the one before is decoded. That takes memory for two, and
+        gains nothing on a CPU.
+        """
         self.device = choose_device(device)
         self.dtype, self._int8 = choose_dtype(precision, self.device), precision == "int8"
-        self.oom_splits = 0  # how often the device ran out of memory and batches were halved
-        self._splits_told = 0
-        #: Called in the engine's thread for every batch that was run, before its futures settle.
-        self.on_batch: Callable[[BatchReport], None] | None = None
-        self._runners: dict[str, CaptionRunner | AnswerRunner | MatchRunner] = {}
+        self._runners: dict[str, AnyRunner] = {}
         self._embedders: dict[str, EmbedRunner] = {}  # around the same resident models
         self._infos: dict[str, ModelInfo] = {}
-        self._batcher: Batcher[_Entry] = Batcher()
-        self._device_lock = threading.Lock()  # held by a step and by embed: one user of the device at a time
-        self._thread = threading.Thread(target=self._serve, name="blip-engine", daemon=True)
-        self._thread.start()
+        self._steps = Steps(self.device, overlap)
+        thread = threading.Thread(target=self._steps.serve, name="blip-engine", daemon=True)
+        thread.start()
         # A thread that is inside torch while the interpreter ends aborts the process: end it before.
-        self._end = weakref.finalize(self, _stop, self._batcher, self._thread)
+        self._end = weakref.finalize(self, _stop, self._steps.batcher, thread)
 
     @classmethod
-    def load(cls, models: Mapping[str, str], device: str = "auto", precision: str = "auto") -> Self:
+    def load(
+        cls, models: Mapping[str, str], device: str = "auto", precision: str = "auto", overlap: bool = False
+    ) -> Self:
         """An engine with models by name. A name that is a task says the task; else the checkpoint does.
 
         Values are as `model` of `load_model`; `demo` needs a task for its name. Raises OptionError, CheckpointError.
@@ -111,10 +93,24 @@ class Engine:
         for name, model in models.items():
             if model == DEMO_MODEL and name not in TASKS:
                 raise CheckpointError(f"{name!r}: {model!r} has a checkpoint for each task; name it {', '.join(TASKS)}")
-        engine = cls(device, precision)
+        engine = cls(device, precision, overlap)
         for name, model in models.items():
             engine.load_model(name, model, name if name in TASKS else _task_of(model))
         return engine
+
+    @property
+    def oom_splits(self) -> int:
+        """How often the device ran out of memory and batches were halved."""
+        return self._steps.oom_splits
+
+    @property
+    def on_batch(self) -> Callable[[BatchReport], None] | None:
+        """Called in the engine's thread for every batch that was run, before its futures settle."""
+        return self._steps.on_batch
+
+    @on_batch.setter
+    def on_batch(self, report: Callable[[BatchReport], None] | None) -> None:
+        self._steps.on_batch = report
 
     def load_model(self, name: str, model: str, task: Task, image_size: int | None = None) -> ModelInfo:
         """Make a checkpoint resident under `name`; a second call for the same one returns at once.
@@ -159,11 +155,11 @@ class Engine:
         try:
             runner = self._runner(request.model, request.task)
             shapes, weight = runner.resident.shapes, -(-len(request.texts) // MOST_IN_GROUP)
-            entry = _Entry(runner.prepare(request), future, weight, shapes.groups, shapes.images)
+            entry = Entry(runner, runner.prepare(request), future, weight, shapes.groups, shapes.images)
         except InputError as error:  # this request is settled; nothing was queued
             future.set_exception(error)
             return future
-        if not self._batcher.put(entry):
+        if not self._steps.batcher.put(entry):
             future.set_exception(EngineClosedError("the engine is closed"))
         return future
 
@@ -237,7 +233,7 @@ class Engine:
             raise EngineClosedError("the engine is closed")
         words = listed("texts", texts or ())
         pixels = [pixels_of(image, runner.resident.image_size) for image in listed("images", images or ())]
-        with self._device_lock:
+        with self._steps.device_lock:
             return (runner.embed_images(pixels) if texts is None else runner.embed_texts(words, chosen)).numpy()
 
     def _ask(
@@ -275,7 +271,7 @@ class Engine:
             raise InputError(f"no model {model!r} is loaded; there is: {', '.join(self._infos) or 'none'}")
         return self._infos[model]
 
-    def _runner(self, model: str, task: Task) -> "CaptionRunner | AnswerRunner | MatchRunner":
+    def _runner(self, model: str, task: Task) -> AnyRunner:
         info = self._info(model)
         if task == "embed" and model in self._embedders:
             return self._embedders[model]
@@ -283,58 +279,8 @@ class Engine:
             raise InputError(f"model {model!r} serves {info.task}, not {task}")
         return self._runners[model]
 
-    def _serve(self) -> None:
-        while (batch := self._batcher.take()) is not None:
-            self._step(batch)
 
-    def _step(self, batch: list[_Entry]) -> None:
-        request = batch[0].prepared.request
-        runner = self._runner(request.model, request.task)
-        try:
-            with self._device_lock, self._reporting(batch, runner.resident.stopwatch):
-                results = runner.run([entry.prepared for entry in batch])
-        except torch.OutOfMemoryError as error:  # the batch is run again, smaller, unless it cannot be
-            self._after_out_of_memory(runner, batch, error)
-        except Exception as error:  # a batch's failure is tried row by row, a row's is its own
-            self._after_failure(batch, error)
-        else:
-            for entry, result in zip(batch, results, strict=True):
-                entry.future.set_result(result)
-
-    @contextmanager
-    def _reporting(self, batch: list[_Entry], stopwatch: Stopwatch) -> Iterator[None]:
-        """Tells `on_batch` of what runs in this block, unless that fails."""
-        started = time.perf_counter()
-        stopwatch.start()
-        yield
-        stages, busy = stopwatch.stop("text"), time.perf_counter() - started
-        if self.on_batch is not None:
-            texts = sum(len(entry.prepared.request.texts) for entry in batch)
-            splits, self._splits_told = self.oom_splits - self._splits_told, self.oom_splits
-            self.on_batch(BatchReport(batch[0].prepared.request.task, len(batch), texts, busy, stages, splits))
-
-    def _after_out_of_memory(
-        self, runner: "CaptionRunner | AnswerRunner | MatchRunner", batch: list[_Entry], error: Exception
-    ) -> None:
-        shapes = runner.resident.shapes
-        if shapes == shapes.halved():
-            self._after_failure(batch, error)
-            return
-        self.oom_splits += 1
-        runner.resize(shapes.halved())
-        _log.warning("out of device memory: batches of %s are now %s", shapes, runner.resident.shapes)
-        torch.cuda.empty_cache()
-        self._step(batch)
-
-    def _after_failure(self, batch: list[_Entry], error: Exception) -> None:
-        if len(batch) == 1:
-            batch[0].future.set_exception(error)
-            return
-        for entry in batch:
-            self._step([entry])
-
-
-def _stop(batcher: Batcher[_Entry], thread: threading.Thread) -> None:
+def _stop(batcher: Batcher[Entry], thread: threading.Thread) -> None:
     batcher.close()
     thread.join()
 

@@ -30,7 +30,6 @@ from .packing import Int8Linear, PackedLinear, can_pack, pack_linears
 from .processor import BlipProcessor
 from .requests import Task
 from .resizing import resized
-from .stopwatch import Stopwatch
 from .text import BlipTextModel
 from .text_layers import BlipTextLayer
 
@@ -153,7 +152,6 @@ class ResidentModel(Generic[ModelT]):
         if device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in the patches' convolution too
         self.device, self.dtype = device, dtype
-        self.stopwatch = Stopwatch(device)  # started and stopped by whoever runs a batch
         self.attention = "product" if prefers_products(device.type, dtype) else "fused"
         vision = self.model.config.vision_config
         self.image_size = (vision.image_size, vision.image_size)
@@ -198,7 +196,6 @@ class ResidentModel(Generic[ModelT]):
         for start in range(0, len(pixels), size):
             block = self._normalise(pixels[start : start + size])
             states.append(self.model.vision_model(block).last_hidden_state)
-        self.stopwatch.mark("vision")
         return states
 
     def _normalise(self, images: Sequence[Pixels]) -> Tensor:

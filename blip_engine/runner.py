@@ -44,6 +44,14 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """A batch whose images are encoded, or on their way through the device."""
+
+    batch: Sequence[Prepared]
+    encoded: ImageStates
+
+
+@dataclass(frozen=True)
 class _Stage:
     """A batch of texts with what they are about."""
 
@@ -101,10 +109,18 @@ class Runner(ABC, Generic[ModelT]):
     def _encode(self, texts: Sequence[str], limit: int) -> list[list[int]]:
         return self.resident.processor.tokenizer.encode_rows(texts, limit)
 
-    @torch.inference_mode()
     def run(self, batch: Sequence[Prepared]) -> list[list[Result]]:
         """The results of every request, one per text, in order."""
-        encoded = self.resident.encode_images([entry.request.pixels for entry in batch])
+        return self.finish(self.begin(batch))
+
+    def begin(self, batch: Sequence[Prepared]) -> Begun:
+        """The first half of `run`: the images. On a GPU it does not wait for the device."""
+        return Begun(batch, self.resident.encode_images([entry.request.pixels for entry in batch]))
+
+    @torch.inference_mode()
+    def finish(self, begun: Begun) -> list[list[Result]]:
+        """The second half: what is asked about them. Returns when the results are on the host."""
+        batch, encoded = begun.batch, begun.encoded
         owners = [image for image, entry in enumerate(batch) for _ in entry.tokens]
         rows = [tokens for entry in batch for tokens in entry.tokens]
         results: dict[int, Result] = {}
@@ -294,8 +310,10 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
         """Unit vectors (N, projection) float32 of uint8 images at the model's size."""
         if not pixels:
             return torch.empty(0, self.resident.model.config.image_text_hidden_size)
-        blocks = self.resident.image_states(pixels)
-        return torch.cat([self.resident.model.project_image(block) for block in blocks]).float()[: len(pixels)].cpu()
+        return self._projected(self.resident.image_states(pixels))[: len(pixels)]
+
+    def _projected(self, blocks: Sequence[Tensor]) -> Tensor:
+        return torch.cat([self.resident.model.project_image(block) for block in blocks]).float().cpu()
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str], options: EmbedOptions) -> Tensor:
@@ -313,8 +331,9 @@ class EmbedRunner(MatchRunner):
     """Vectors of images, and of the texts that are asked with them (blank for none)."""
 
     @torch.inference_mode()
-    def run(self, batch: Sequence[Prepared]) -> list[list[Result]]:
-        images = self.embed_images([entry.request.pixels for entry in batch]).tolist()
+    def finish(self, begun: Begun) -> list[list[Result]]:
+        batch = begun.batch
+        images = self._projected(begun.encoded.blocks)[: len(batch)].tolist()
         asked = [(text, row) for entry in batch for text, row in zip(entry.request.texts, entry.tokens, strict=True)]
         texts = iter(self._embed_rows([row for text, row in asked if text.strip()]).tolist())
         return [

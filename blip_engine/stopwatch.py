@@ -21,7 +21,7 @@ class _HostMoment:
 
 
 class _DeviceMoment:
-    """When the device has done all that was asked of it so far."""
+    """When the device has done all that the current stream was asked so far."""
 
     def __init__(self) -> None:
         self._event = torch.cuda.Event(enable_timing=True)
@@ -36,25 +36,21 @@ class Stopwatch:
     """Seconds between marks. A few microseconds a batch; never makes the host wait for the device in between."""
 
     def __init__(self, device: torch.device) -> None:
+        """Begins now."""
         self._on_device = device.type == "cuda"
-        self._marks: list[tuple[str, _Moment]] | None = None  # None: not running
+        self._marks: list[tuple[str | None, _Moment]] = [(None, self._now())]
 
-    def start(self) -> None:
-        """Begin with the batch."""
-        self._marks = [("", self._now())]
-
-    def mark(self, stage: str) -> None:
-        """What was done since the last mark was this stage. Does nothing when not running, or in a graph's capture."""
-        if self._marks is not None and not (self._on_device and torch.cuda.is_current_stream_capturing()):
-            self._marks.append((stage, self._now()))
+    def mark(self, stage: str | None) -> None:
+        """What was done since the last mark was this stage; None: it was none."""
+        self._marks.append((stage, self._now()))
 
     def stop(self, stage: str) -> Mapping[str, float]:
         """Seconds of every stage; what came last is `stage`. The results must be on the host."""
         self.mark(stage)
-        marks, self._marks = self._marks or [], None
         seconds: dict[str, float] = {}
-        for (_, earlier), (name, moment) in pairwise(marks):
-            seconds[name] = seconds.get(name, 0.0) + moment.seconds_since(earlier)
+        for (_, earlier), (name, moment) in pairwise(self._marks):
+            if name is not None:
+                seconds[name] = seconds.get(name, 0.0) + moment.seconds_since(earlier)
         return seconds
 
     def _now(self) -> _Moment:

@@ -17,13 +17,12 @@ from blip_engine import BlipProcessor, Engine
 from blip_engine.engine import ModelInfo
 from blip_engine.errors import CheckpointError, EngineClosedError, InputError, OptionError
 from blip_engine.requests import TASKS, Request, Result, options_for
-from blip_engine.runner import Prepared
+from blip_engine.runner import Begun, Prepared
 
 WAIT = 60  # seconds until a future that does not settle fails its test
 RANDOM = np.random.default_rng(0)
 IMAGES = [RANDOM.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(21)]
 QUESTIONS = ["what is this ?", "how many dogs are in this picture of a red cat on the left ?", "a"] * 7
-Run = Callable[[Sequence[Prepared]], list[list[Result]]]
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +53,22 @@ def request(pixels: Any = IMAGES[0], texts: tuple[str, ...] = ("",), model: str 
 def inject(engine: Engine, monkeypatch: pytest.MonkeyPatch, before: Callable[[Sequence[Prepared]], None]) -> list[int]:
     """Let `before` see (and fail) the caption batches; returns their sizes as they come."""
     runner = engine._runners["caption"]
-    run: Run = runner.run
+    finish = runner.finish
     sizes: list[int] = []
 
-    def watched(batch: Sequence[Prepared]) -> list[list[Result]]:
-        sizes.append(len(batch))
-        before(batch)
-        return run(batch)
+    def watched(begun: Begun) -> list[list[Result]]:
+        sizes.append(len(begun.batch))
+        before(begun.batch)
+        return finish(begun)
 
-    monkeypatch.setattr(runner, "run", watched)
+    monkeypatch.setattr(runner, "finish", watched)
     return sizes
 
 
 def hold(engine: Engine) -> threading.Lock:
     """Keep the engine from starting a step until the lock is released, so that requests gather."""
-    engine._device_lock.acquire()
-    return engine._device_lock
+    engine._steps.device_lock.acquire()
+    return engine._steps.device_lock
 
 
 class TestResults:
@@ -258,6 +257,7 @@ class TestFaults:
 
 class TestLife:
     def test_close_finishes_what_is_queued_and_refuses_more(self, folder: Path, device: torch.device) -> None:
+        threads = set(threading.enumerate())
         engine = Engine.load({"caption": str(folder / "caption")}, device=str(device), precision="fp32")
         lock = hold(engine)
         futures = [engine.submit(request(image)) for image in IMAGES]
@@ -267,7 +267,7 @@ class TestLife:
         with pytest.raises(EngineClosedError, match="the engine is closed"):
             engine.submit(request()).result(WAIT)
         engine.close()
-        assert not engine._thread.is_alive()
+        assert set(threading.enumerate()) <= threads
 
     def test_many_threads_share_it(self, engine: Engine) -> None:
         truth = engine.caption(IMAGES)

@@ -236,9 +236,9 @@ class TestBatches:
 
             asked = requests("vqa", 17, texts)
             monkeypatch.setattr(resident.model.vision_model, "forward", seen)
-            with engine._device_lock:  # the first one is taken and waits for the device, the others in the queue
+            with engine._steps.device_lock:  # the first one is taken and waits for the device, the others in the queue
                 futures = [engine.submit(asked[0])]
-                while engine._batcher._groups:
+                while engine._steps.batcher._groups:
                     time.sleep(0.001)
                 futures += [engine.submit(request) for request in asked[1:]]
             for future in futures:

@@ -3,76 +3,37 @@
     python -m benchmarks.engine --model base --images 16 --repeats 5
 
 Both sides take images at the model's size to results. transformers gets its best setting: pixels normalised and cast
-beforehand, the better of its number types, then the best of the batch sizes, all found in this run and in a process
-with the engine's memory setting. For ITM it computes the matching score only (one pass), the engine the similarity too.
+beforehand, the better of its number types, then the best of the batch sizes, all found in this run. On a CPU it has a
+process of its own, as its users run it; `--peer-memory ours` gives it the engine's memory setting, too. For ITM it
+computes the matching score only (one pass), the engine the similarity as well.
+
 Repeats are interleaved and take turns in who goes first; the table has medians, and the spread of the pairs' ratios.
 `same` is the share of rows with the same tokens (ITM and embeddings: the greatest difference); in half precision random
 weights make near-ties, so only fp32 on both sides must give 1.
 """
 
 import argparse
-import copy
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch.nn import functional as F
 
-from blip_engine import BertTokenizer, BlipImageProcessor, Engine
+from blip_engine import Engine
 from blip_engine.precision import choose_device
 from blip_engine.requests import TASKS, Request, Task, options_for
-from blip_engine.resident import MODEL_CLASSES
 
 from . import common
 from .common import DTYPES
-
-QUESTION_TOKENS = 10  # with [CLS] and [SEP]
-CAPTION_TOKENS = 12  # of a text to match: what a caption of COCO has, with [CLS] and [SEP]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is asked of every image."""
-
-    name: str
-    task: Task
-    texts: int  # of every image; 0: none
-    unit: str
-    options: dict[str, Any] = field(default_factory=dict)  # of the engine, and of transformers' generate
-    embeds: bool = False
-
-    @property
-    def words(self) -> list[str]:
-        """The texts, the same for every image."""
-        return common.random_texts(self.texts, QUESTION_TOKENS if self.task == "vqa" else CAPTION_TOKENS)
-
-
-def _forced(tokens: int, **options: Any) -> dict[str, Any]:
-    return {"min_new_tokens": tokens, "max_new_tokens": tokens, **options}
-
-
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload("caption-greedy", "caption", 0, "images/s", _forced(20, num_beams=1)),
-        Workload("caption-beams3", "caption", 0, "images/s", _forced(20, num_beams=3)),
-        Workload("caption-nucleus", "caption", 0, "images/s", _forced(20, num_beams=1, do_sample=True, top_p=0.9)),
-        Workload("vqa-1", "vqa", 1, "questions/s", _forced(9, num_beams=3)),
-        Workload("vqa-8", "vqa", 8, "questions/s", _forced(9, num_beams=3)),
-        Workload("itm-1", "itm", 1, "pairs/s"),
-        Workload("itm-8", "itm", 8, "pairs/s"),
-        Workload("embed", "itm", 1, "pairs/s", embeds=True),
-    )
-}
-Images = Sequence[np.ndarray[Any, Any]]
+from .peer import Theirs, peer
+from .workloads import WORKLOADS, Images, Workload
 
 
 class Ours:
@@ -93,56 +54,6 @@ class Ours:
         return [result for future in futures for result in future.result()]
 
 
-class Theirs:
-    """transformers, in one number type."""
-
-    def __init__(self, folder: Path, task: Task, device: torch.device) -> None:
-        kind = getattr(transformers, MODEL_CLASSES[task].__name__)
-        self._full = self._model = kind.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-        self._tokenizer, self.device = BertTokenizer.from_pretrained(folder), device
-        self.dtype = torch.float32
-
-    def use(self, dtype: torch.dtype) -> None:
-        """Compute in this number type."""
-        if dtype != self.dtype:
-            full = dtype == torch.float32
-            self._model, self.dtype = (self._full if full else copy.deepcopy(self._full).to(dtype)), dtype
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The words of tokens."""
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def prepare(self, workload: Workload, images: Images) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels and token ids of every (image, text) pair, as the model takes them."""
-        processor = BlipImageProcessor()
-        pixels = processor(list(images), do_resize=False, return_tensors="pt").pixel_values.to(self.dtype)
-        if not workload.texts:
-            return pixels, torch.empty(len(pixels), 0, dtype=torch.long)
-        ids = torch.tensor(self._tokenizer.encode_rows(workload.words))
-        return pixels.repeat_interleave(workload.texts, 0), ids.repeat(len(images), 1)
-
-    def run(self, workload: Workload, inputs: tuple[torch.Tensor, torch.Tensor], batch: int) -> list[Any]:
-        """Results batch by batch."""
-        pairs = zip(inputs[0].split(batch), inputs[1].split(batch), strict=True)
-        return [self._batch(workload, pixels.to(self.device), ids.to(self.device)) for pixels, ids in pairs]
-
-    @torch.inference_mode()
-    def _batch(self, workload: Workload, pixels: torch.Tensor, ids: torch.Tensor) -> Any:
-        model, options = self._model, dict(workload.options)
-        if options.get("do_sample"):
-            options["top_k"] = 0
-        if workload.task == "caption":
-            return model.generate(pixels, **options).cpu()[:, 1:]
-        mask = torch.ones_like(ids)
-        if workload.task == "vqa":
-            return model.generate(ids, pixels, attention_mask=mask, **options).cpu()[:, 1:]
-        if not workload.embeds:
-            return model(ids, pixels, attention_mask=mask).itm_score.float().softmax(-1)[:, 1].cpu()
-        pictures = model.vision_proj(model.vision_model(pixels).last_hidden_state[:, 0])
-        words = model.text_proj(model.text_encoder(ids, mask).last_hidden_state[:, 0])
-        return F.normalize(pictures.float(), dim=-1).cpu(), F.normalize(words.float(), dim=-1).cpu()
-
-
 def seconds(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """How long it took, and what came out."""
     started = time.perf_counter()
@@ -153,21 +64,19 @@ def seconds(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 def find_best(theirs: Theirs, workload: Workload, images: Images, given: argparse.Namespace) -> tuple[str, int]:
     """transformers' fastest number type (at the smallest batch), then its fastest batch size, in rows."""
-    device = theirs.device
+    device = choose_device(given.device)
     times: dict[tuple[str, int], float] = {}
 
     def measure(dtype: str, batch: int) -> None:
         theirs.use(DTYPES[dtype])
-        rows = images[: -(-batch // max(1, workload.texts))]
-        inputs = theirs.prepare(workload, rows)
-        inputs = inputs[0][:batch], inputs[1][:batch]
+        rows = theirs.prepare(workload, images[: -(-batch // max(1, workload.texts))], batch)
         try:
-            theirs.run(workload, inputs, batch)  # the first one is slower
-            took = min(seconds(lambda: theirs.run(workload, inputs, batch), device)[0] for _ in range(2))
+            theirs.run(workload, batch)  # the first one is slower
+            took = min(seconds(lambda: theirs.run(workload, batch), device)[0] for _ in range(2))
         except torch.OutOfMemoryError:  # not a setting for this device
             torch.cuda.empty_cache()
             return
-        times[dtype, batch] = took / len(inputs[1])
+        times[dtype, batch] = took / rows
 
     sizes = [size for size in given.batch_sizes if size <= len(images) * max(1, workload.texts)] or [len(images)]
     for dtype in given.peer_precisions:
@@ -196,15 +105,18 @@ def compare(ours: Ours, theirs: Theirs | None, workload: Workload, given: argpar
     """Medians of both sides, and of the pairs' ratio, for one workload."""
     images = common.random_images(given.images, common.config_of(given.model).vision_config.image_size)
     items, device = len(images) * max(1, workload.texts), ours.engine.device
-    row = {"workload": workload.name, "unit": workload.unit, "images": len(images), "precision": given.precision}
+    row = {
+        "workload": workload.name, "unit": workload.unit, "images": len(images), "precision": given.precision,
+        "peer_memory": given.peer_memory,
+    }  # fmt: skip
     ours.run(workload, images)  # kernels are chosen and compiled at the first run
     if theirs is None:
         rates = [items / seconds(lambda: ours.run(workload, images), device)[0] for _ in range(given.repeats)]
         return row | {"ours": statistics.median(rates), "all": rates, "note": "transformers cannot run it"}
     dtype, batch = find_best(theirs, workload, images, given)
     theirs.use(DTYPES[dtype])
-    inputs = theirs.prepare(workload, images)
-    sides = [lambda: ours.run(workload, images), lambda: theirs.run(workload, inputs, batch)]
+    theirs.prepare(workload, images)
+    sides = [lambda: ours.run(workload, images), lambda: theirs.run(workload, batch)]
     times, outputs = interleave(sides, given.repeats, device)
     ratios = sorted(other / mine for mine, other in times)
     return row | {
@@ -221,12 +133,10 @@ def compare(ours: Ours, theirs: Theirs | None, workload: Workload, given: argpar
 def agreement(workload: Workload, peer: Theirs, ours: Any, theirs: Any) -> float:
     """Share of rows with the same tokens (answers: words); for scores and vectors the greatest difference."""
     if workload.embeds:
-        other = [torch.cat([part[which] for part in theirs]) for which in (0, 1)]
-        return max(
-            float((torch.from_numpy(mine) - vector).abs().max()) for mine, vector in zip(ours, other, strict=True)
-        )
+        other = [np.concatenate([part[which] for part in theirs]) for which in (0, 1)]
+        return max(float(np.abs(mine - vectors).max()) for mine, vectors in zip(ours, other, strict=True))
     if workload.task == "itm":
-        return float((torch.tensor([match.itm for match in ours]) - torch.cat(theirs)).abs().max())
+        return float(np.abs(np.array([match.itm for match in ours]) - np.concatenate(theirs)).max())
     rows = [row for part in theirs for row in part.tolist()]
     if workload.task == "vqa":
         return statistics.mean(mine.text == peer.decode(row) for mine, row in zip(ours, rows, strict=True))
@@ -236,19 +146,18 @@ def agreement(workload: Workload, peer: Theirs, ours: Any, theirs: Any) -> float
 def run_task(task: Task, names: Sequence[str], given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The workloads of one task, on one checkpoint, each as soon as it is measured."""
     device = common.settle_process(given)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = common.random_checkpoint(Path(folder), task, given.model)
-        ours = Ours(checkpoint, task, given)
-        # transformers forces the image's width on the answering decoder, which reads the question's.
-        theirs = None if (task, given.model) == ("vqa", "large") else Theirs(checkpoint, task, device)
-    for name in names:
-        print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
-        row = compare(ours, theirs, WORKLOADS[name], given)
-        print(
-            f"{row['ours']:.3g} {row['unit']}, ratio {row.get('ratio', float('nan')):.2f}", file=sys.stderr, flush=True
-        )
-        yield row
-    ours.engine.close()
+    with ExitStack() as open_:
+        folder = Path(open_.enter_context(tempfile.TemporaryDirectory()))
+        checkpoint = common.random_checkpoint(folder, task, given.model)
+        ours, theirs = Ours(checkpoint, task, given), None
+        open_.callback(ours.engine.close)
+        if (task, given.model) != ("vqa", "large"):  # it forces the image's width on its answering decoder
+            theirs = open_.enter_context(peer(checkpoint, task, device, given.threads, given.peer_memory == "usual"))
+        for name in names:
+            print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
+            row = compare(ours, theirs, WORKLOADS[name], given)
+            print(f"{row['ours']:.3g} {row['unit']}, ratio {row.get('ratio', float('nan')):.2f}", file=sys.stderr)
+            yield row
 
 
 def parse(arguments_given: Sequence[str] | None) -> argparse.Namespace:
@@ -261,6 +170,8 @@ def parse(arguments_given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="ROWS", help="that transformers may choose from")
     parser.add_argument("--peer-precisions", nargs="+", choices=DTYPES, help="that transformers may choose from "
                         "(default: the engine's; on a CPU fp32 too, on a GPU bf16 and fp16)")  # fmt: skip
+    parser.add_argument("--peer-memory", choices=("usual", "ours"), help="transformers in a process of its own with "
+                        "the system's settings (default on a CPU), or in this one with the engine's")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="2 repeats of few images: whether it runs, not how fast")
     given = parser.parse_args(arguments_given)
     device = choose_device(given.device)
@@ -268,6 +179,7 @@ def parse(arguments_given: Sequence[str] | None) -> argparse.Namespace:
     if given.quick:
         given.repeats, given.images = 2, given.images or 4
         given.batch_sizes, given.peer_precisions = given.batch_sizes or [4], given.peer_precisions or [own]
+    given.peer_memory = given.peer_memory or ("ours" if gpu else "usual")
     given.images = given.images or (512 if gpu else 16)
     given.batch_sizes = sorted(given.batch_sizes or ([32, 64, 128, 256, 512] if gpu else [4, 8, 16]))
     given.peer_precisions = given.peer_precisions or list(
@@ -279,8 +191,6 @@ def parse(arguments_given: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments_given: Sequence[str] | None = None) -> None:
     """Run the workloads, print a table, and write a JSON document if a file is named."""
     given = parse(arguments_given)
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     facts = common.machine(common.settle_process(given)) | {
         "transformers": transformers.__version__,
         "model": given.model,

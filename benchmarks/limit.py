@@ -26,8 +26,8 @@ from blip_engine.resident import ResidentModel
 from blip_engine.runner import Runner, runner_for
 
 from . import common, flops
-from .engine import WORKLOADS, Workload
 from .stages import HOST, STAGES, watching
+from .workloads import WORKLOADS, Workload
 
 
 def best_seconds(run: Callable[[], Any], device: torch.device, repeats: int, budget: float) -> float:
@@ -97,7 +97,8 @@ def runner_of(given: argparse.Namespace, task: Task, device: torch.device) -> Ru
     """A runner around a random model."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = find_checkpoint(str(common.random_checkpoint(Path(folder), task, given.model)))
-        resident: ResidentModel[Any] = ResidentModel(checkpoint, task, device, choose_dtype(given.precision, device))
+        dtype, int8 = choose_dtype(given.precision, device), given.precision == "int8"
+        resident: ResidentModel[Any] = ResidentModel(checkpoint, task, device, dtype, int8=int8)
     return runner_for(task, resident)
 
 

@@ -19,9 +19,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from . import common
-from .engine import WORKLOADS, Workload
 from .limit import batch_of, runner_of
 from .stages import HOST, PREFIX, STAGES, watching
+from .workloads import WORKLOADS, Workload
 
 Counts: TypeAlias = dict[str, float]
 

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from blip_engine import BertTokenizer, BlipConfig, BlipImageProcessor
 from blip_engine.memory import keep_memory
 from blip_engine.precision import choose_device, choose_dtype
 from blip_engine.requests import Task
-from blip_engine.resident import MODEL_CLASSES
+from blip_engine.resident import MODEL_CLASSES, TaskModel
 from blip_engine.tokenizer import wordpiece
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,12 +58,17 @@ def config_of(model: str) -> BlipConfig:
 
 def random_checkpoint(folder: Path, task: Task, model: str) -> Path:
     """A checkpoint with random weights, laid out as on the hub, which both sides can read."""
-    torch.manual_seed(0)
     config = config_of(model)
-    MODEL_CLASSES[task](config).save_pretrained(folder)
+    with ThreadPoolExecutor(1) as passing:  # with it end its OpenMP threads, which would be in the way of the engine's
+        passing.submit(lambda: _random_model(config, task).save_pretrained(folder)).result()
     BertTokenizer(wordpiece({word: i for i, word in enumerate([*_SPECIAL, *WORDS])})).save_pretrained(folder)
     BlipImageProcessor(size=config.vision_config.image_size).save_pretrained(folder)
     return folder
+
+
+def _random_model(config: BlipConfig, task: Task) -> TaskModel:
+    torch.manual_seed(0)
+    return MODEL_CLASSES[task](config)
 
 
 def random_images(number: int, size: int) -> list[np.ndarray[Any, Any]]:

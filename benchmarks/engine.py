@@ -3,9 +3,9 @@
     python -m benchmarks.engine --model base --images 16 --repeats 5
 
 Both sides take images at the model's size to results. transformers gets its best setting: pixels normalised and cast
-beforehand, the better of its number types, then the best of the batch sizes, all found in this run. On a CPU it has a
-process of its own, as its users run it; `--peer-memory ours` gives it the engine's memory setting, too. For ITM it
-computes the matching score only (one pass), the engine the similarity as well.
+beforehand, the better of its number types, then the best of the batch sizes, all found in this run. It has a process of
+its own, as its users run it; `--peer-memory ours` gives it the engine's memory setting, too. For ITM it computes the
+matching score only (one pass), the engine the similarity as well.
 
 Repeats are interleaved and take turns in who goes first; the table has medians, and the spread of the pairs' ratios.
 `same` is the share of rows with the same tokens (ITM and embeddings: the greatest difference); in half precision random
@@ -73,8 +73,7 @@ def find_best(theirs: Theirs, workload: Workload, images: Images, given: argpars
         try:
             theirs.run(workload, batch)  # the first one is slower
             took = min(seconds(lambda: theirs.run(workload, batch), device)[0] for _ in range(2))
-        except torch.OutOfMemoryError:  # not a setting for this device
-            torch.cuda.empty_cache()
+        except torch.OutOfMemoryError:
             return
         times[dtype, batch] = took / rows
 
@@ -152,7 +151,7 @@ def run_task(task: Task, names: Sequence[str], given: argparse.Namespace) -> Ite
         ours, theirs = Ours(checkpoint, task, given), None
         open_.callback(ours.engine.close)
         if (task, given.model) != ("vqa", "large"):  # it forces the image's width on its answering decoder
-            theirs = open_.enter_context(peer(checkpoint, task, device, given.threads, given.peer_memory == "usual"))
+            theirs = open_.enter_context(peer(checkpoint, task, device, given.threads, given.peer_memory == "ours"))
         for name in names:
             print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
             row = compare(ours, theirs, WORKLOADS[name], given)
@@ -170,8 +169,8 @@ def parse(arguments_given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="ROWS", help="that transformers may choose from")
     parser.add_argument("--peer-precisions", nargs="+", choices=DTYPES, help="that transformers may choose from "
                         "(default: the engine's; on a CPU fp32 too, on a GPU bf16 and fp16)")  # fmt: skip
-    parser.add_argument("--peer-memory", choices=("usual", "ours"), help="transformers in a process of its own with "
-                        "the system's settings (default on a CPU), or in this one with the engine's")  # fmt: skip
+    parser.add_argument("--peer-memory", choices=("usual", "ours"), default="usual",
+                        help="whether transformers' process keeps freed memory as the engine's does")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="2 repeats of few images: whether it runs, not how fast")
     given = parser.parse_args(arguments_given)
     device = choose_device(given.device)
@@ -179,7 +178,6 @@ def parse(arguments_given: Sequence[str] | None) -> argparse.Namespace:
     if given.quick:
         given.repeats, given.images = 2, given.images or 4
         given.batch_sizes, given.peer_precisions = given.batch_sizes or [4], given.peer_precisions or [own]
-    given.peer_memory = given.peer_memory or ("ours" if gpu else "usual")
     given.images = given.images or (512 if gpu else 16)
     given.batch_sizes = sorted(given.batch_sizes or ([32, 64, 128, 256, 512] if gpu else [4, 8, 16]))
     given.peer_precisions = given.peer_precisions or list(

@@ -13,6 +13,7 @@ import transformers
 from torch.nn import functional as F
 
 from blip_engine import BertTokenizer, BlipImageProcessor
+from blip_engine.memory import keep_memory
 from blip_engine.requests import Task
 from blip_engine.resident import MODEL_CLASSES
 
@@ -22,7 +23,9 @@ from .workloads import Images, Workload
 class Theirs:
     """transformers, in one number type."""
 
-    def __init__(self, folder: Path, task: Task, device: torch.device, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, task: Task, device: torch.device, threads: int | None, settle: bool) -> None:
+        if settle:
+            keep_memory()
         if threads:
             torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -59,7 +62,11 @@ class Theirs:
         if self._inputs is None:
             raise ValueError("nothing was prepared")
         pairs = zip(*(kind.split(batch) for kind in self._inputs), strict=True)
-        return [self._batch(workload, *(part.to(self._device) for part in pair)) for pair in pairs]
+        try:
+            return [self._batch(workload, *(part.to(self._device) for part in pair)) for pair in pairs]
+        except torch.OutOfMemoryError:  # not a setting for this device
+            torch.cuda.empty_cache()
+            raise
 
     @torch.inference_mode()
     def _batch(self, workload: Workload, pixels: torch.Tensor, ids: torch.Tensor) -> Any:
@@ -86,10 +93,8 @@ _Manager.register("Theirs", Theirs)
 
 
 @contextmanager
-def peer(folder: Path, task: Task, device: torch.device, threads: int | None, apart: bool) -> Iterator[Theirs]:
-    """transformers with a checkpoint: in this process, or `apart`, in a new one that keeps the system's settings."""
-    if not apart:
-        yield Theirs(folder, task, device, threads)
-        return
+def peer(folder: Path, task: Task, device: torch.device, threads: int | None, settle: bool) -> Iterator[Theirs]:
+    """transformers with a checkpoint, in a process of its own; with `settle` that keeps memory as the engine's does."""
     with _Manager(ctx=get_context("spawn")) as manager:
-        yield cast(Theirs, manager.Theirs(folder, task, device, threads))  # type: ignore[attr-defined]
+        made = manager.Theirs(folder, task, device, threads, settle)  # type: ignore[attr-defined]
+        yield cast(Theirs, made)

@@ -14,11 +14,11 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self, TypeAlias, cast
 
 import numpy as np
 
-from .batcher import Batcher
 from .checkpoint import find_checkpoint
 from .config import CONFIG_FILE
 from .errors import CheckpointError, EngineClosedError, InputError
@@ -80,7 +80,7 @@ class Engine:
         thread = threading.Thread(target=self._steps.serve, name="blip-engine", daemon=True)
         thread.start()
         # A thread that is inside torch while the interpreter ends aborts the process: end it before.
-        self._end = weakref.finalize(self, _stop, self._steps.batcher, thread)
+        self._end = weakref.finalize(self, _stop, self._steps, thread)
 
     @classmethod
     def load(
@@ -129,9 +129,9 @@ class Engine:
         checkpoint = find_checkpoint(model, task=task)
         with ThreadPoolExecutor(1) as beside:  # half a second for a base model
             digest = beside.submit(checkpoint.weights_sha256)
-            resident: ResidentModel[Any] = ResidentModel(
-                checkpoint, task, self.device, self.dtype, image_size, self._int8
-            )
+            resident: ResidentModel[Any] = self._steps.call(
+                lambda: ResidentModel(checkpoint, task, self.device, self.dtype, image_size, self._int8)
+            ).result()
         info = ModelInfo(name, task, model, checkpoint.revision, digest.result(), resident.image_size)
         self._runners[name] = runner_for(task, resident)
         if task == "itm":
@@ -229,12 +229,10 @@ class Engine:
         if not isinstance(runner, MatchRunner) or (images is None) == (texts is None):
             raise InputError("embed takes either images or texts, and a retrieval model")
         chosen = cast(MatchOptions, options_for("itm", options))
-        if not self._end.alive:
-            raise EngineClosedError("the engine is closed")
         words = listed("texts", texts or ())
         pixels = [pixels_of(image, runner.resident.image_size) for image in listed("images", images or ())]
-        with self._steps.device_lock:
-            return (runner.embed_images(pixels) if texts is None else runner.embed_texts(words, chosen)).numpy()
+        embed = partial(runner.embed_images, pixels) if texts is None else partial(runner.embed_texts, words, chosen)
+        return self._steps.call(lambda: embed().numpy()).result()
 
     def _ask(
         self,
@@ -280,8 +278,8 @@ class Engine:
         return self._runners[model]
 
 
-def _stop(batcher: Batcher[Entry], thread: threading.Thread) -> None:
-    batcher.close()
+def _stop(steps: Steps, thread: threading.Thread) -> None:
+    steps.batcher.close()
     thread.join()
 
 

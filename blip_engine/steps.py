@@ -1,23 +1,27 @@
 """The engine's thread: it takes batches, runs them and settles their futures. Every future settles, whatever happens.
 
+Whatever computes runs in this thread, loading too. If a second thread of the process used torch, their OpenMP threads
+would be more than the processors, and libgomp lets such threads sleep between operators instead of waiting for the next
+one. That took a base model on two cores an eighth of its speed, and in int8 nearly a third.
+
 With `overlap` the images of the next batch are given to the device before the texts of this one are decoded, in a
 stream of their own (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-streams). Decoding is many small kernels
 that wait for each other, and now and then for the host; those of the vision tower fill the device meanwhile.
 """
 
 import logging
-import threading
 import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from .batcher import Batcher
+from .errors import EngineClosedError
 from .requests import BatchReport, Result
 from .runner import AnswerRunner, Begun, CaptionRunner, MatchRunner, Prepared
 from .stopwatch import Stopwatch
@@ -25,6 +29,7 @@ from .stopwatch import Stopwatch
 _log = logging.getLogger(__name__)
 
 AnyRunner: TypeAlias = CaptionRunner | AnswerRunner | MatchRunner
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,29 @@ class Entry:
         return request.model, request.task, request.options, bool(request.candidates)
 
 
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """Something else that is to run in the engine's thread."""
+
+    work: Callable[[], Any]
+    future: "Future[Any]"
+    weight: int = 1
+    capacity: int = 1
+    least: int = 1
+
+    @property
+    def group(self) -> Hashable:
+        return self  # so it is a batch by itself
+
+    def run(self) -> None:
+        try:
+            result = self.work()
+        except BaseException as error:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+
 @dataclass
 class _Started:
     """A batch whose images are encoded, or on their way through the device."""
@@ -59,8 +87,7 @@ class Steps:
     """The queue of one device, and what runs it."""
 
     def __init__(self, device: torch.device, overlap: bool) -> None:
-        self.batcher: Batcher[Entry] = Batcher()
-        self.device_lock = threading.Lock()  # held by a step and by embed: one user of the device at a time
+        self.batcher: Batcher[Entry | _Call] = Batcher()
         self.oom_splits = 0  # how often the device ran out of memory and batches were halved
         self.on_batch: Callable[[BatchReport], None] | None = None
         self._device, self._overlaps = device, overlap
@@ -68,24 +95,35 @@ class Steps:
         self._following: _Started | None = None  # beside the batch that runs
         self._splits_told, self._ended = 0, 0.0
 
+    def call(self, work: Callable[[], ResultT]) -> "Future[ResultT]":
+        """Have something run between two batches. The future fails with EngineClosedError when it is too late."""
+        future: Future[ResultT] = Future()
+        future.set_running_or_notify_cancel()  # a cancelled one would refuse its result and end the engine's thread
+        if not self.batcher.put(_Call(work, future)):
+            future.set_exception(EngineClosedError("the engine is closed"))
+        return future
+
     def serve(self) -> None:
         """Run batches until the queue is closed and empty."""
         current: _Started | None = None
         while True:
-            batch = self.batcher.take(wait=current is None)
-            if batch is None and current is None:
+            taken = self.batcher.take(wait=current is None)
+            if taken is None and current is None:
                 return
-            self._following = self._started_beside(batch) if batch is not None and self._overlaps else None
+            batch = [entry for entry in taken or () if isinstance(entry, Entry)]
+            self._following = self._started_beside(batch) if batch and self._overlaps else None
             if current is not None:
                 self._run(current.batch, current)
-            if batch is not None and self._following is None:
+            for entry in taken or ():
+                if isinstance(entry, _Call):
+                    entry.run()
+            if batch and self._following is None:
                 self._run(batch)
             current, self._following = self._following, None
 
     def _started_beside(self, batch: list[Entry]) -> _Started | None:
         try:
-            with self.device_lock:
-                return self._start(batch, self._beside)
+            return self._start(batch, self._beside)
         except Exception:  # it is run alone then, and fails again or does not
             _log.debug("a batch could not be started beside another one", exc_info=True)
             return None
@@ -104,8 +142,7 @@ class Steps:
 
     def _run(self, batch: list[Entry], started: _Started | None = None) -> None:
         try:
-            with self.device_lock:
-                results = self._finish(started or self._start(batch))
+            results = self._finish(started or self._start(batch))
         except torch.OutOfMemoryError as error:  # the batch is run again, smaller, unless it cannot be
             traceback.clear_frames(error.__traceback__)  # they hold what the batch took of the memory
             failure: Exception = error

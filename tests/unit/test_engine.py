@@ -65,10 +65,11 @@ def inject(engine: Engine, monkeypatch: pytest.MonkeyPatch, before: Callable[[Se
     return sizes
 
 
-def hold(engine: Engine) -> threading.Lock:
-    """Keep the engine from starting a step until the lock is released, so that requests gather."""
-    engine._steps.device_lock.acquire()
-    return engine._steps.device_lock
+def hold(engine: Engine) -> threading.Event:
+    """Keep the engine from starting a step until the event is set, so that requests gather."""
+    event = threading.Event()
+    engine._steps.call(event.wait)
+    return event
 
 
 class TestResults:
@@ -213,9 +214,9 @@ class TestFaults:
         assert sizes[-5:] == [1] * 5
 
     def gathered(self, engine: Engine, images: Sequence[Any]) -> "list[Future[list[Result]]]":
-        lock = hold(engine)
+        held = hold(engine)
         futures = [engine.submit(request(image)) for image in images]
-        lock.release()
+        held.set()
         return futures
 
     def test_out_of_memory_halves_the_batches(self, own: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,10 +247,10 @@ class TestFaults:
         assert len(own.caption(IMAGES)) == 21  # and the engine lives on
 
     def test_a_caller_that_gives_up_harms_nobody(self, own: Engine) -> None:
-        lock = hold(own)
+        held = hold(own)
         futures = [own.submit(request(image)) for image in IMAGES[:4]]
         assert not futures[1].cancel()
-        lock.release()
+        held.set()
         for future in futures:
             assert len(future.result(WAIT)) == 1
         assert len(own.caption(IMAGES)) == 21
@@ -259,9 +260,9 @@ class TestLife:
     def test_close_finishes_what_is_queued_and_refuses_more(self, folder: Path, device: torch.device) -> None:
         threads = set(threading.enumerate())
         engine = Engine.load({"caption": str(folder / "caption")}, device=str(device), precision="fp32")
-        lock = hold(engine)
+        held = hold(engine)
         futures = [engine.submit(request(image)) for image in IMAGES]
-        lock.release()
+        held.set()
         engine.close()
         assert all(future.done() and len(future.result()) == 1 for future in futures)
         with pytest.raises(EngineClosedError, match="the engine is closed"):

@@ -1,5 +1,6 @@
 """An engine that begins with the next batch's images beside this one's texts: the order, the same bits, and faults."""
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -47,9 +48,12 @@ def engine(folder: Path, device: torch.device) -> Iterator[Engine]:
 
 def gathered(engine: Engine, tasks: tuple[Task, ...] = ("caption",)) -> "list[Future[list[Result]]]":
     """All asked before the engine may begin."""
-    with engine._steps.device_lock:
-        asked = [Request(task, task, pixels, TEXTS[task], options_for(task, {})) for pixels in IMAGES for task in tasks]
-        return [engine.submit(request) for request in asked]
+    held = threading.Event()
+    engine._steps.call(held.wait)
+    asked = [Request(task, task, pixels, TEXTS[task], options_for(task, {})) for pixels in IMAGES for task in tasks]
+    futures = [engine.submit(request) for request in asked]
+    held.set()
+    return futures
 
 
 def results(futures: "list[Future[list[Result]]]") -> list[list[Result]]:

@@ -5,7 +5,7 @@ passes and image decodes, on a small model and through the code that a worker ru
 `benchmarks.flops`. A strict xfail names known waste: it fails as soon as the waste is gone, and then its mark goes too.
 """
 
-import time
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -234,16 +234,14 @@ class TestBatches:
                 rows.append(len(pixels))
                 return forward(pixels)
 
-            asked = requests("vqa", 17, texts)
+            asked, held = requests("vqa", 16, texts), threading.Event()
             monkeypatch.setattr(resident.model.vision_model, "forward", seen)
-            with engine._steps.device_lock:  # the first one is taken and waits for the device, the others in the queue
-                futures = [engine.submit(asked[0])]
-                while engine._steps.batcher._groups:
-                    time.sleep(0.001)
-                futures += [engine.submit(request) for request in asked[1:]]
+            engine._steps.call(held.wait)  # until all are in the queue
+            futures = [engine.submit(request) for request in asked]
+            held.set()
             for future in futures:
                 future.result(60)
-            return sum(rows[1:])
+            return sum(rows)
 
     @pytest.mark.parametrize("texts", [1, 4, 8])
     def test_no_blank_images_while_others_wait(self, folder: Path, texts: int, monkeypatch: pytest.MonkeyPatch) -> None:

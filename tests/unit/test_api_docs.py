@@ -36,7 +36,7 @@ def _definitions() -> dict[str, ast.ClassDef | ast.FunctionDef]:
                 found[f"{module}.{name}"] = node
             for part in node.body if isinstance(node, ast.ClassDef) else []:
                 if isinstance(part, ast.FunctionDef) and (part.name == "__call__" or not part.name.startswith("_")):
-                    found[f"{module}.{name}.{part.name}"] = part
+                    found.setdefault(f"{module}.{name}.{part.name}", part)  # a setter comes behind its property
     return found
 
 

@@ -123,7 +123,7 @@ def measure_images(times: int) -> list[list[object]]:
 class Engine:
     """Answers at once; see `measure_rows`."""
 
-    def __init__(self, device: str, precision: str) -> None:
+    def __init__(self, device: str, precision: str, compiled: bool | None) -> None:
         """As of the real one."""
 
     def load_model(self, _name: str, model: str, _task: str) -> Any:

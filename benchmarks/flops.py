@@ -98,7 +98,8 @@ def by_stage(config: Any, task: str, images: int, texts: int, tokens: int, beams
     read = rows * (1 + beams * (steps - 1)) if steps else 0
     if steps:
         work["decoder"], work["head"] = read * text_token(config, 0), read * head(config)
-        own += rows * (1 + beams * sum(range(2, steps + 1)))
+        # Beams are queries on each other's tokens too, masked, and nothing is copied when they change places.
+        own += rows * (1 + beams * sum(1 + beams * step for step in range(1, steps)))
     if task == "vqa":
         work["decoder"] += rows * cross_keys(config, tokens, t.hidden_size)
         own += read * tokens

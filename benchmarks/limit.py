@@ -132,7 +132,7 @@ def measure(workload: Workload, given: argparse.Namespace, device: torch.device)
     work = flops.by_stage(config, workload.task, images, workload.texts, tokens, beams, steps)
     rows = [{"stage": name, "seconds": seconds[name], "flop": work.get(name)} for name in seconds]
     if workload.task == "caption":
-        took = sum(seconds.get(name, 0.0) for name in ("decoder", "text attention", "head", "beam reorder", "search"))
+        took = sum(seconds.get(name, 0.0) for name in ("decoder", "text attention", "head", "search"))
         rows.append({"stage": "decoding, by bytes", "seconds": took, "bytes": decode_bytes(runner, images, steps)})
     rows.append({"stage": "all, not watched", "seconds": whole, "flop": sum(work.values())})
     return [{"workload": workload.name, "images": images, **row} for row in rows]

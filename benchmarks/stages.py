@@ -12,7 +12,6 @@ from torch.profiler import record_function
 
 from blip_engine import generation, text_layers, vision
 from blip_engine.absorption import Absorbed
-from blip_engine.cache import DecoderCache
 from blip_engine.resident import ResidentModel
 from blip_engine.runner import Runner
 
@@ -23,7 +22,7 @@ HOST = "host and rest"
 #: in the order of the work
 STAGES = (
     "pixels", "vision", "vision attention", "cross K/V", "K/V gather", "text encoder", "text attention", "decoder",
-    "head", "beam reorder", "search", HOST,
+    "head", "search", HOST,
 )  # fmt: skip
 
 
@@ -39,7 +38,6 @@ def _parts(runner: Runner[Any]) -> list[tuple[str, Any, str]]:
         ("K/V gather", ResidentModel, "keys_of_groups"),
         ("text attention", text_layers, "attend"),
         ("text attention", Absorbed, "attend"),
-        ("beam reorder", DecoderCache, "select"),
     ]
     if hasattr(model, "text_encoder"):
         parts.append(("text encoder", model.text_encoder, "forward"))

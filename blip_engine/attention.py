@@ -61,7 +61,6 @@ def _whole_tiles(query: Tensor) -> Tensor:
     return F.pad(query, (0, 0, 0, missing)) if missing and query.shape[2] > _TILE_ROWS else query.contiguous()
 
 
-@lru_cache
 def prefers_products(device: str, dtype: torch.dtype) -> bool:
     """Whether attention on this type of device is better done as plain products than by torch's fused kernel.
 
@@ -69,7 +68,12 @@ def prefers_products(device: str, dtype: torch.dtype) -> bool:
     takes two to three times as long. The processor alone decides, not a measurement: the two round differently, and
     every process of a machine must give the same bits.
     """
-    return device == "cpu" and dtype in {torch.bfloat16, torch.float16} and not cpu_features().get("amx_bf16")
+    return device == "cpu" and dtype in {torch.bfloat16, torch.float16} and not _has_amx()
+
+
+@lru_cache
+def _has_amx() -> bool:
+    return bool(cpu_features().get("amx_bf16"))
 
 
 def _learns(mask: Tensor | None, *inputs: Tensor) -> bool:
@@ -99,8 +103,11 @@ def padding_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
 def causal_mask(length: int, past: int, attention_mask: Tensor | None, like: Tensor) -> Tensor | None:
     """For `length` new tokens behind `past` cached ones: (B or 1, 1, length, past + length), None if nothing is hidden.
 
-    `attention_mask` (B, past + length), 1 for tokens, hides padding as well.
+    `attention_mask` (B, past + length), 1 for tokens, hides padding as well. (B, T, past + T) says all by itself what
+    each of T tokens sees.
     """
+    if attention_mask is not None and attention_mask.ndim == 3:
+        return _additive(attention_mask[:, None].bool(), like.dtype)
     if length == 1 and attention_mask is None:
         return None
     total = past + length

@@ -11,27 +11,31 @@ CrossKeys: TypeAlias = list[tuple[Tensor, Tensor]]
 class DecoderCache:
     """Self-attention keys and values of every layer so far, and cross-attention ones projected once.
 
-    Rows of the self-attention are images times hypotheses (beams or samples, 1 while the prompt is read). The
-    cross-attention stays one per image: hypotheses are further queries on it, never copies of it.
+    There is one row for each image, whatever the number of hypotheses (beams, samples): these are further queries on
+    it. Their new tokens take places beside each other, and a mask says whose tokens each of them goes on from. So beams
+    follow their parents without a copy of anything.
     """
 
     def __init__(self, layers: int, capacity: int, cross: CrossKeys | None = None) -> None:
-        self.capacity = capacity  # tokens that fit without growing
-        self.length = 0  # tokens held
+        self.capacity = capacity  # places that fit without growing
+        self.length = 0  # places taken
         self.cross: list[tuple[Tensor, Tensor] | None] = list(cross) if cross else [None] * layers
-        self._keys: list[Tensor | None] = [None] * layers  # (rows, heads, capacity, hs)
+        self._keys: list[Tensor | None] = [None] * layers  # (images, heads, capacity, hs)
         self._values: list[Tensor | None] = [None] * layers
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (rows, heads, T, hs) of new tokens; returns all keys and values (rows, heads, length + T, hs).
+        """Add (rows, heads, T, hs) of new tokens; returns all keys and values (images, heads, length + places, hs).
 
-        `advance` counts the tokens once every layer has added them.
+        Once there are some, `rows` may be a multiple of the images: the hypotheses of an image stand together.
+        `advance` counts the places once every layer has added them.
         """
-        total = self.length + key.shape[2]
-        return self._extend(self._keys, layer, key, total), self._extend(self._values, layer, value, total)
+        return self._extend(self._keys, layer, key), self._extend(self._values, layer, value)
 
-    def _extend(self, store: list[Tensor | None], layer: int, new: Tensor, total: int) -> Tensor:
+    def _extend(self, store: list[Tensor | None], layer: int, new: Tensor) -> Tensor:
         held = store[layer]
+        if held is not None and len(new) != len(held):
+            new = new.unflatten(0, (len(held), -1)).transpose(1, 2).flatten(2, 3)
+        total = self.length + new.shape[2]
         if held is None or held.shape[2] < total:
             capacity = max(self.capacity, total)
             grown = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
@@ -41,13 +45,7 @@ class DecoderCache:
         held[:, :, self.length : total] = new
         return held[:, :, :total]
 
-    def advance(self, tokens: int) -> None:
-        """Count `tokens` that every layer has added."""
-        self.length += tokens
-
-    def select(self, rows: Tensor) -> None:
-        """Let row i of the self-attention go on from row `rows[i]` of (rows,): beams follow their parents."""
-        for store in (self._keys, self._values):
-            for layer, held in enumerate(store):
-                if held is not None:
-                    store[layer] = held.index_select(0, rows)
+    def advance(self, rows: int, tokens: int) -> None:
+        """Count the places of (rows, tokens) that every layer has added."""
+        held = self._keys[0]
+        self.length += tokens * (1 if held is None else rows // len(held))

@@ -1,8 +1,8 @@
 """Decoding: greedy, beam search and nucleus sampling over one cached decoder.
 
-The loop is logits -> search -> next tokens. Hypotheses (beams, samples) are rows of the self-attention and extra
-queries of the cross-attention, whose keys and values exist once per image. Log-probabilities and scores are float32.
-No row looks at another one, so a row's result depends on its own image, prompt and options only.
+The loop is logits -> search -> next tokens. Hypotheses (beams, samples) are extra queries on the keys and values of an
+image and its tokens, which exist once: beams that change places change a mask, and nothing is copied. Log-probabilities
+and scores are float32. No row looks at another image's: its result depends on its own image, prompt and options only.
 """
 
 from collections.abc import Iterator, Sequence
@@ -141,7 +141,8 @@ def decoding(
         limits = Limits.uniform(rows, options.max_new_tokens, options.min_new_tokens, device)
     extras = extras or Extras()
     search = _search_for(decoder, prompt, options, limits, uniforms, extras)
-    state = _DecoderState(decoder, prompt, memory, limits.steps, extras.record)
+    # The last token is not read.
+    state = _DecoderState(decoder, prompt, memory, search.hypotheses * (limits.steps - 1), extras.record)
     logits = state.read_prompt()[:, None].expand(-1, search.hypotheses, -1)
     state.fan_out(search.hypotheses)
     for step in range(limits.steps):
@@ -156,48 +157,60 @@ class _DecoderState:
     """The decoder with its cache, masks and positions: turns tokens into the next logits."""
 
     def __init__(
-        self, decoder: BlipTextLMHeadModel, prompt: Prompt, memory: Memory, steps: int, record: Record
+        self, decoder: BlipTextLMHeadModel, prompt: Prompt, memory: Memory, capacity: int, record: Record
     ) -> None:
         self._decoder, self._prompt, self._memory, self._record = decoder, prompt, memory, record
-        self._cache = decoder.bert.new_cache(prompt.ids.shape[1] + steps, memory.keys)
+        self._cache = decoder.bert.new_cache(prompt.ids.shape[1] + capacity, memory.keys)
         self._mask, self._next_position = prompt.mask, prompt.lengths[:, None]
+        self._ways: Tensor | None = None  # (B, K, read) whose token each of K hypotheses has at every step, if K > 1
 
     def read_prompt(self) -> Tensor:
         """Logits (B, vocabulary) behind the prompt."""
         positions = None
         if self._mask is not None:
             positions = (self._mask.cumsum(1) - 1).clamp_(min=0)
-        return self._run(self._prompt.ids, positions)
+        return self._run(self._prompt.ids, self._mask, positions)
 
     def fan_out(self, hypotheses: int) -> None:
-        """Turn every row into `hypotheses` rows."""
-        if hypotheses > 1:
-            rows = torch.arange(len(self._prompt.ids), device=self._prompt.ids.device)
-            self._cache.select(rows.repeat_interleave(hypotheses))
-            for kept in (self._record.attentions, self._record.hidden_states):
-                if kept:  # of the prompt, which was read once for all of them
-                    kept[0] = tuple(layer.repeat_interleave(hypotheses, 0) for layer in kept[0])
-            self._next_position = self._next_position.repeat_interleave(hypotheses, 0)
-            if self._mask is not None:
-                self._mask = self._mask.repeat_interleave(hypotheses, 0)
+        """Go on with `hypotheses` rows for every row."""
+        if hypotheses == 1:
+            return
+        rows, device = len(self._prompt.ids), self._prompt.ids.device
+        self._ways = torch.empty(rows, hypotheses, 0, dtype=torch.long, device=device)
+        self._own = torch.arange(hypotheses, device=device)
+        for kept in (self._record.attentions, self._record.hidden_states):
+            if kept:  # of the prompt, which was read once for all of them
+                kept[0] = tuple(layer.repeat_interleave(hypotheses, 0) for layer in kept[0])
+        self._next_position = self._next_position.repeat_interleave(hypotheses, 0)
 
     def read_tokens(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
         """Logits (rows, vocabulary) behind `tokens` (rows,), each row going on from row `parents` of the last call.
 
-        A row and its parent belong to the same image, so masks and positions stay where they are.
+        A row and its parent belong to the same image, so positions stay where they are.
         """
-        if parents is not None:
-            self._cache.select(parents)
         positions = self._next_position
         self._next_position = positions + 1
-        if self._mask is not None:
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-        return self._run(tokens[:, None], positions)
+        if self._ways is None:
+            if self._mask is not None:
+                self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+            return self._run(tokens[:, None], self._mask, positions)
+        rows, hypotheses, _ = self._ways.shape
+        if parents is not None:
+            self._ways = self._ways.flatten(0, 1).index_select(0, parents).unflatten(0, (rows, hypotheses))
+        self._ways = torch.cat([self._ways, self._own.expand(rows, -1)[:, :, None]], dim=2)
+        return self._run(tokens[:, None], self._visible(self._ways), positions)
 
-    def _run(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+    def _visible(self, ways: Tensor) -> Tensor:
+        """(B, K, P + read * K): the prompt, and of every step's K tokens the one on a hypothesis' way."""
+        hypotheses = ways.shape[1]
+        seen = (ways[..., None] == self._own).flatten(2)
+        before = torch.ones_like(self._prompt.ids) if self._mask is None else self._mask
+        return torch.cat([before.bool()[:, None].expand(-1, hypotheses, -1), seen], dim=2)
+
+    def _run(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         output = self._decoder(
             ids,
-            self._mask,
+            mask,
             positions,
             encoder_hidden_states=self._memory.states,
             encoder_attention_mask=self._memory.mask,
@@ -207,10 +220,20 @@ class _DecoderState:
             output_hidden_states=self._record.hidden_states is not None,
         )
         if self._record.attentions is not None:
-            self._record.attentions.append(output.attentions)
+            self._record.attentions.append(tuple(self._on_the_way(layer) for layer in output.attentions))
         if self._record.hidden_states is not None:
             self._record.hidden_states.append(output.hidden_states)
         return output.logits[:, -1]
+
+    def _on_the_way(self, attention: Tensor) -> Tensor:
+        """Of the attention (B, heads, K, places) of K hypotheses that at their own tokens: (B * K, heads, 1, T)."""
+        if self._ways is None:
+            return attention
+        rows, hypotheses, steps = self._ways.shape
+        prompt = torch.arange(self._prompt.ids.shape[1], device=attention.device).expand(rows, hypotheses, -1)
+        later = prompt.shape[2] + hypotheses * torch.arange(steps, device=attention.device) + self._ways
+        places = torch.cat([prompt, later], dim=2)[:, None].expand(-1, attention.shape[1], -1, -1)
+        return attention.gather(3, places).transpose(1, 2).flatten(0, 1)[:, :, None]
 
 
 class Search(Protocol):

@@ -64,7 +64,8 @@ class BlipTextModel(PreTrainedModel[BlipTextConfig]):
     ) -> Any:
         """Run the layers over `input_ids` (B, T), `inputs_embeds` (before) or `encoder_embeds` (behind the embeddings).
 
-        `attention_mask` (B, cached + T) and `encoder_attention_mask` (B, S) hold 1 for tokens and 0 for padding.
+        `attention_mask` (B, cached + T) and `encoder_attention_mask` (B, S) hold 1 for tokens and 0 for padding. Where
+        `past_key_values` hold a row for every K rows of `input_ids` (B, 1), it is (B / K, K, cached + K).
         `encoder_hidden_states` (B, S, encoder width) turn the cross-attention on. As a decoder (`is_decoder`) tokens
         see only earlier ones, and `past_key_values` (made here with `use_cache`) carries keys and values between calls.
         Returns a TextOutput, or a tuple with `return_dict=False`. Raises InputError for too many tokens, ValueError for
@@ -101,7 +102,7 @@ class BlipTextModel(PreTrainedModel[BlipTextConfig]):
             attentions.append(attention)
             crosses.append(cross)
         if source.cache is not None:
-            source.cache.advance(states.shape[1])
+            source.cache.advance(len(states), states.shape[1])
         return TextOutput(
             last_hidden_state=states,
             pooler_output=None if self.pooler is None else self.pooler(states),

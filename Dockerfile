@@ -26,11 +26,12 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 
 FROM ${WORKER_BASE} AS worker-base
-# The distribution's patches matter more than the same build of its Python.
+# The distribution's patches matter more than the same build of its Python. torch.compile on a GPU, Triton, builds what
+# launches its kernels with the C compiler and Python's headers.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates tini \
-    && { command -v python3 || apt-get install -y --no-install-recommends python3 python3-venv; } \
+    && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev tini \
+    && { command -v python3 || apt-get install -y --no-install-recommends python3 python3-dev python3-venv; } \
     && rm -rf /var/lib/apt/lists/*
 
 
@@ -67,6 +68,7 @@ RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nolog
     && install -d -o 10001 -g 10001 /models
 COPY --from=worker-packages /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HOME=/models \
+    TORCHINDUCTOR_CACHE_DIR=/models/compiled \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     BLIP_METRICS_HOST=0.0.0.0 BLIP_METRICS_PORT=9090
 USER 10001:10001

@@ -65,18 +65,23 @@ class Engine:
     An image is a Pillow image, a path, a file's bytes, or uint8 pixels (H, W, 3).
     """
 
-    def __init__(self, device: str = "auto", precision: str = "auto", overlap: bool = False) -> None:
+    def __init__(
+        self, device: str = "auto", precision: str = "auto", overlap: bool | None = None, compiled: bool | None = None
+    ) -> None:
         """`device`: auto, cpu, cuda, cuda:N. `precision`: auto, fp32, bf16, fp16, int8. Raises OptionError.
 
-        `overlap`: begin with the images of a batch while the one before is decoded. That takes memory for two, and
-        gains nothing on a CPU.
+        `overlap`: begin with the images of a batch while the one before is decoded, which takes memory for two.
+        `compiled`: have torch.compile fuse the vision tower when a model is loaded (see `compiling`). None: on a GPU;
+        on a CPU neither gains anything.
         """
         self.device = choose_device(device)
+        on_gpu = self.device.type == "cuda"
+        self._compiled = on_gpu if compiled is None else compiled
         self.dtype, self._int8 = choose_dtype(precision, self.device), precision == "int8"
         self._runners: dict[str, AnyRunner] = {}
         self._embedders: dict[str, EmbedRunner] = {}  # around the same resident models
         self._infos: dict[str, ModelInfo] = {}
-        self._steps = Steps(self.device, overlap)
+        self._steps = Steps(self.device, on_gpu if overlap is None else overlap)
         thread = threading.Thread(target=self._steps.serve, name="blip-engine", daemon=True)
         thread.start()
         # A thread that is inside torch while the interpreter ends aborts the process: end it before.
@@ -84,7 +89,12 @@ class Engine:
 
     @classmethod
     def load(
-        cls, models: Mapping[str, str], device: str = "auto", precision: str = "auto", overlap: bool = False
+        cls,
+        models: Mapping[str, str],
+        device: str = "auto",
+        precision: str = "auto",
+        overlap: bool | None = None,
+        compiled: bool | None = None,
     ) -> Self:
         """An engine with models by name. A name that is a task says the task; else the checkpoint does.
 
@@ -93,7 +103,7 @@ class Engine:
         for name, model in models.items():
             if model == DEMO_MODEL and name not in TASKS:
                 raise CheckpointError(f"{name!r}: {model!r} has a checkpoint for each task; name it {', '.join(TASKS)}")
-        engine = cls(device, precision, overlap)
+        engine = cls(device, precision, overlap, compiled)
         for name, model in models.items():
             engine.load_model(name, model, name if name in TASKS else _task_of(model))
         return engine
@@ -130,7 +140,7 @@ class Engine:
         with ThreadPoolExecutor(1) as beside:  # half a second for a base model
             digest = beside.submit(checkpoint.weights_sha256)
             resident: ResidentModel[Any] = self._steps.call(
-                lambda: ResidentModel(checkpoint, task, self.device, self.dtype, image_size, self._int8)
+                lambda: ResidentModel(checkpoint, task, self.device, self.dtype, image_size, self._int8, self._compiled)
             ).result()
         info = ModelInfo(name, task, model, checkpoint.revision, digest.result(), resident.image_size)
         self._runners[name] = runner_for(task, resident)
@@ -138,7 +148,13 @@ class Engine:
             self._embedders[name] = EmbedRunner(resident)
         self._infos[name] = info
         _log.info(
-            "%s (%s) is resident on %s in %s, %s attention", model, task, self.device, self.dtype, resident.attention
+            "%s (%s) is resident on %s in %s, %s attention%s",
+            model,
+            task,
+            self.device,
+            self.dtype,
+            resident.attention,
+            ", compiled" if resident.compiled else "",
         )
         return info
 

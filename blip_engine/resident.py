@@ -22,6 +22,7 @@ from .absorption import Absorbed, absorbing_pays
 from .attention import prefers_products, split_heads
 from .cache import CrossKeys
 from .checkpoint import Checkpoint
+from .compiling import compile_layers
 from .config import BlipConfig
 from .errors import CheckpointError, OptionError
 from .generation import Memory
@@ -141,7 +142,9 @@ class ResidentModel(Generic[ModelT]):
         dtype: torch.dtype,
         image_size: int | None = None,
         int8: bool = False,
+        compiled: bool = False,
     ) -> None:
+        """`compiled`: have the vision tower compiled now, if that is possible here."""
         self.model: ModelT = MODEL_CLASSES[task].from_checkpoint(checkpoint, dtype, device)  # type: ignore[assignment]
         if image_size is not None:
             self.model.vision_model.resize_images(image_size)
@@ -172,6 +175,13 @@ class ResidentModel(Generic[ModelT]):
             self._cross = kind(weight, bias)
         elif int8:
             raise OptionError(f"precision 'int8' does not run on this {device.type} with torch {torch.__version__}")
+        self.compiled = compiled and self._compile()
+
+    def _compile(self) -> bool:
+        tower, noise = self.model.vision_model, np.random.default_rng(0)
+        images = noise.integers(0, 256, (self.shapes.images, *self.image_size, 3), dtype=np.uint8)
+        with torch.inference_mode():
+            return compile_layers(list(tower.encoder.layers), tower.embeddings(self._normalise(list(images))))
 
     def attending_text(self) -> BlipTextModel:
         """The part of the model that looks at images."""

@@ -75,6 +75,9 @@ class Settings(BaseSettings):
     preload: Annotated[tuple[str, ...], NoDecode] = ()
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     precision: str = "auto"  # auto, fp32, bf16, fp16, int8
+    # Whether torch.compile fuses the vision tower when a model is loaded: auto is on a GPU. Needs a C compiler; what it
+    # makes is kept in TORCHINDUCTOR_CACHE_DIR.
+    compile: Literal["auto", "on", "off"] = "auto"
     drain_seconds: float = Field(default=25, ge=0)  # after SIGTERM: what finishes within this is kept
     slots: int = Field(default=512, ge=1)  # decoded images held at once; they bound the memory of a worker
     loader_timeout_seconds: float = Field(default=60, gt=0)  # an image that keeps a loader longer fails

@@ -33,7 +33,7 @@ class ModelInfo:
 class Engine:
     """Batches whatever is queued, so that a fault meets neighbours."""
 
-    def __init__(self, device: str = "auto", precision: str = "auto") -> None:
+    def __init__(self, device: str = "auto", precision: str = "auto", compiled: bool | None = None) -> None:
         if device == "broken":
             raise RuntimeError("no such device")
         self.on_batch: Callable[[BatchReport], None] | None = None

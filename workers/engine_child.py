@@ -31,12 +31,14 @@ _MOST_TOGETHER: Final = 64  # answers in a message
 STICKY_EXIT: Final = 75  # the device is unusable for this process from now on
 
 
-def engine_main(pipe: Connection, slots: Slots, factory: str, device: str, precision: str) -> None:
+def engine_main(
+    pipe: Connection, slots: Slots, factory: str, device: str, precision: str, compiled: bool | None
+) -> None:
     """The process: builds the engine, then serves messages until the pipe closes."""
     keep_memory()
     try:
         module, _, name = factory.partition(":")
-        engine = getattr(import_module(module), name)(device=device, precision=precision)
+        engine = getattr(import_module(module), name)(device=device, precision=precision, compiled=compiled)
     except Exception as error:
         hint = "; install blip-batch[worker]" if isinstance(error, ImportError) else ""
         why = f"{error}{hint}" if isinstance(error, BlipError | ImportError) else repr(error)

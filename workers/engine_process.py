@@ -38,6 +38,7 @@ class EngineSettings:
     precision: str
     run_timeout: float  # over work that it holds
     load_timeout: float  # over a checkpoint
+    compiled: bool | None = None  # whether the vision tower is; None: on a GPU
 
 
 @dataclass(slots=True)
@@ -123,7 +124,7 @@ class EngineProcess(Supervisor):
         s = self._settings
         self._ready = False
         self._heard = time.monotonic()
-        self._child = Child("blip-engine", engine_main, self._slots, s.factory, s.device, s.precision)
+        self._child = Child("blip-engine", engine_main, self._slots, s.factory, s.device, s.precision, s.compiled)
         self._watch(self._child.pipe, self._child)
 
     def _accept_load(self, load: Load, future: "Future[Checkpoint]") -> None:

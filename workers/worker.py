@@ -77,7 +77,8 @@ class Worker:
         loaders = loader_count(settings.loaders, settings.device)
         self.loaders = LoaderPool(loaders, self._slots, limits, self._break, self.metrics.loaded)
         timeouts = (settings.engine_timeout_seconds, settings.model_timeout_seconds)
-        engine = EngineSettings(settings.engine, settings.device, settings.precision, *timeouts)
+        compiled = {"auto": None, "on": True, "off": False}[settings.compile]
+        engine = EngineSettings(settings.engine, settings.device, settings.precision, *timeouts, compiled)
         self.engine = EngineProcess(engine, self._slots, self._break, self.metrics.batch)
         self._lanes: LifoQueue[Lane] = LifoQueue()
         for number in range(settings.worker_threads):

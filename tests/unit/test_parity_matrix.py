@@ -286,17 +286,20 @@ class TestFloat32:
 
     @over(CASES)
     def test_losses_and_gradients(self, case: Case) -> None:
-        trained = set()
+        """Ours are within 1e-5 of transformers' in double precision; in single ones both round, each processor anew."""
+        trained, exact = set(), copy.deepcopy(case.theirs).double()
         for name, call in case.calls(TRAINED[case.name]):
-            mine, other = gradients(case.ours, call), gradients(case.theirs, call)
-            assert mine.keys() == other.keys(), name
+            mine, other, truth = (gradients(model, call) for model in (case.ours, case.theirs, exact))
+            assert mine.keys() == other.keys() == truth.keys(), name
             trained |= mine.keys()
-            largest = max(float(value.abs().max()) for value in other.values())
-            for place, value in other.items():
+            largest = max(float(value.abs().max()) for value in truth.values())
+            for place, value in truth.items():
                 # Each is held to its own size, but where sums cancel: a key's bias has gradient 0, and roundings.
                 own = float(value.abs().max())
                 scale = largest if place.endswith("key.bias") else max(own, 1e-3 * largest)
+                assert mine[place].dtype == other[place].dtype == torch.float32
                 assert distance(mine[place], value) <= 1e-5 * scale, f"{name}: {place}"
+                assert distance(mine[place], other[place]) <= 2e-5 * scale, f"{name}: {place}"
         untrained = {name for name, _ in case.ours.named_parameters()} - trained
         assert all(case.name == "BlipModel" and "crossattention" in name for name in untrained)  # it fuses nothing
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch.profiler import record_function
 
-from blip_engine import generation, text_layers, vision
+from blip_engine import search, text_layers, vision
 from blip_engine.absorption import Absorbed
 from blip_engine.resident import ResidentModel
 from blip_engine.runner import Runner
@@ -43,8 +43,8 @@ def _parts(runner: Runner[Any]) -> list[tuple[str, Any, str]]:
         parts.append(("text encoder", model.text_encoder, "forward"))
     if hasattr(model, "text_decoder"):
         parts += [("decoder", model.text_decoder.bert, "forward"), ("head", model.text_decoder.cls, "forward")]
-    for search in (generation._BeamSearch, generation._TokenSearch):
-        parts += [("search", search, name) for name in ("advance", "settled", "result")]
+    for kind in (search.BeamSearch, search.TokenSearch):
+        parts += [("search", kind, name) for name in ("advance", "settled", "result")]
     return parts
 
 

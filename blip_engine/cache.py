@@ -49,3 +49,10 @@ class DecoderCache:
         """Count the places of (rows, tokens) that every layer has added."""
         held = self._keys[0]
         self.length += tokens * (1 if held is None else rows // len(held))
+
+    def narrow(self, rows: Tensor, of_cross: Tensor) -> None:
+        """Keep these rows (n,) of the self-attention, and these of what the cross-attention looks at."""
+        for store in (self._keys, self._values):
+            for layer, held in enumerate(store):
+                store[layer] = None if held is None else held[rows]
+        self.cross = [held and (held[0][of_cross], held[1][of_cross]) for held in self.cross]

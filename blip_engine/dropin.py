@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, OptionError
-from .generation import Extras, Generated, Limits, Memory, Prompt, Record, generate
+from .generation import Memory, Prompt, generate
 from .outputs import GenerateOutput
 from .requests import GenerationOptions
+from .search import Extras, Generated, Limits, Record
 from .text import BlipTextLMHeadModel
 from .text_layers import check_ids
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from .cache import CrossKeys
-from .generation import WAIT_EVERY, Generated, Memory, Prompt, Search, decoding, generate
+from .generation import WAIT_EVERY, Memory, Prompt, decoding, generate
 from .requests import GenerationOptions
+from .search import Generated, Search
 from .text import BlipTextLMHeadModel
 
 _log = logging.getLogger(__name__)
@@ -116,9 +117,14 @@ class GraphedDecoder:
         self._static: dict[Hashable, Tensor] = {}  # inputs of the graphs, shared by the kinds whose inputs fit
 
     def generate(
-        self, prompt: Prompt, memory: Memory, options: GenerationOptions, uniforms: Tensor | None = None
+        self,
+        prompt: Prompt,
+        memory: Memory,
+        options: GenerationOptions,
+        uniforms: Tensor | None = None,
+        used: Sequence[int] | None = None,  # noqa: ARG002  # a graph always decodes the whole batch
     ) -> Generated:
-        """As `generation.generate`."""
+        """As `generation.generate`; `used` is for decoders that could do less."""
         inputs = _Inputs(prompt, memory, uniforms)
         kind = (options, inputs.kind())
         captured = self._kinds.get(kind)

@@ -32,6 +32,10 @@ class LogitRules:
         self._bad_words = [torch.tensor(word, device=prompt_ids.device) for word in bad_words if list(word) != [end]]
         self._said = prompt_ids if prompt_mask is None else prompt_ids.masked_fill(prompt_mask == 0, _PADDING)
 
+    def narrow(self, rows: Tensor) -> None:
+        """Rule these rows (n,) only from now on."""
+        self._least, self._prompt, self._said = self._least[rows], self._prompt[rows], self._said[rows]
+
     def apply(self, scores: Tensor, generated: Tensor) -> Tensor:
         """(B, K, vocabulary) logits or log-probabilities, ruled by what (B, K, step) generated tokens say."""
         if self._options.repetition_penalty != 1.0:

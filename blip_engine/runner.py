@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .cleaning import clean_caption, clean_question
 from .errors import InputError
-from .generation import Generated, Memory, Prompt, generate
+from .generation import Memory, Prompt
 from .graphs import GraphedDecoder, cuda_capture
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from .narrowing import NarrowingDecoder
 from .ranking import LABEL_SMOOTHING, answer_scores, first_token_chances, with_keys
 from .requests import (
     Answer,
@@ -32,6 +33,7 @@ from .requests import (
     Task,
 )
 from .resident import ImageStates, ModelT, Pixels, ResidentModel, Shapes, TextBatch
+from .search import Generated
 
 
 @dataclass(frozen=True)
@@ -164,23 +166,21 @@ class _Generating(Runner[GeneratingT]):
 
     def __init__(self, resident: ResidentModel[GeneratingT]) -> None:
         super().__init__(resident)  # type: ignore[arg-type]  # mypy mixes up the two classes of the variable
-        self._graphed: GraphedDecoder | None = None
+        decoder = resident.model.text_decoder
+        self._decoder: GraphedDecoder | NarrowingDecoder = NarrowingDecoder(decoder)
         if resident.device.type == "cuda":
-            self._graphed = GraphedDecoder(resident.model.text_decoder, cuda_capture())
+            self._decoder = GraphedDecoder(decoder, cuda_capture())
 
     def resize(self, shapes: Shapes) -> None:
         super().resize(shapes)
-        if self._graphed is not None:
-            self._graphed.forget()
+        self._decoder.forget()
 
     def _generate(self, prompt: Prompt, memory: Memory, stage: _Stage) -> Generated:
         options = stage.options
         if not isinstance(options, GenerationOptions):
             raise InputError(f"generation takes GenerationOptions, not {type(options).__name__}")
         uniforms = _uniforms(options, stage).to(self.resident.device) if options.do_sample else None
-        if self._graphed is not None:
-            return self._graphed.generate(prompt, memory, options, uniforms)
-        return generate(self.resident.model.text_decoder, prompt, memory, options, uniforms=uniforms)
+        return self._decoder.generate(prompt, memory, options, uniforms, stage.texts.rows)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self.resident.processor.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -147,8 +147,8 @@ def test_decoding_is_captured_and_stays_the_same(
     runner = runner_for(task, resident)
     batches = [[runner.prepare(request(task, pixels)) for pixels in PICTURES[n:] + PICTURES[:n]] for n in range(4)]
     usual, captured, *replayed = [runner.run(batch) for batch in batches]
-    assert not runner._graphed._refused  # type: ignore[union-attr]
-    assert all(kind is not None for kind in runner._graphed._kinds.values())  # type: ignore[union-attr]
+    assert not runner._decoder._refused  # type: ignore[union-attr]
+    assert all(kind is not None for kind in runner._decoder._kinds.values())  # type: ignore[union-attr]
     for n, found in enumerate((captured, *replayed), 1):
         assert found == usual[n:] + usual[:n]
 

@@ -88,6 +88,20 @@ def redis_binary() -> str:
     return on_path
 
 
+def redis_settings(path: Path, password: str | None) -> dict[str, str]:
+    """What a Redis that was just started, at a Unix socket, says of its memory and its file. AuthenticationError."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with redis.Redis(unix_socket_path=str(path), password=password, decode_responses=True) as client:
+                names = ("maxmemory-policy", "appendonly", "maxmemory", "save")
+                return {name: client.config_get(name)[name] for name in names}
+        except redis.ConnectionError as error:
+            if isinstance(error, redis.AuthenticationError) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 class RedisServer(Server):
     """Redis without persistence, unless `aof` is set before `start`."""
 

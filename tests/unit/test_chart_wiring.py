@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import redis
 import yaml
 from chart import CHART, VALUE_SETS, environment, helm, named, of_kind, pod_spec, pods, render, texts
-from servers import redis_binary
+from servers import redis_binary, redis_settings
 
 from orchestrator.settings import Settings
 
@@ -162,25 +161,12 @@ def test_a_real_redis_takes_the_configuration_and_the_signal_to_end(tmp_path: Pa
     with subprocess.Popen(command, env=os.environ | {"REDISCLI_AUTH": "a-b-c"}) as process:
         try:
             with pytest.raises(redis.AuthenticationError):
-                _asked(listening, None)
-            asked = _asked(listening, "a-b-c")
+                redis_settings(listening, None)
+            asked = redis_settings(listening, "a-b-c")
         finally:
             process.terminate()
         assert process.wait(10) == 0
     assert asked == {"maxmemory-policy": "noeviction", "appendonly": "yes", "maxmemory": str(640 << 20), "save": ""}
-
-
-def _asked(path: Path, password: str | None) -> dict[str, str]:
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            with redis.Redis(unix_socket_path=str(path), password=password, decode_responses=True) as client:
-                names = ("maxmemory-policy", "appendonly", "maxmemory", "save")
-                return {name: client.config_get(name)[name] for name in names}
-        except redis.ConnectionError as error:
-            if isinstance(error, redis.AuthenticationError) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
 
 
 def test_an_external_redis_is_all_that_is_known_of_redis() -> None:

@@ -1,6 +1,7 @@
 """Dockerfile and compose file, as far as they can be judged without an engine: linted, and consistent with the rest."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import yaml
 from chart import ROOT, environment, pods, render
 from monitoring import promtool
 from packaging.specifiers import SpecifierSet
+from servers import redis_binary, redis_settings
 
 from orchestrator.settings import Settings
 
@@ -52,6 +55,11 @@ def base_of(stage: str) -> str:
         return base_of(source)
     defaults = dict(rest.split("=", 1) for word, rest in stages()[""] if word == "ARG")
     return re.sub(r"\$\{(\w+)\}", lambda match: defaults[match[1]], source)
+
+
+def configuration_file(name: str) -> Path:
+    """The file that Compose mounts as the configuration `name`."""
+    return ROOT / str(COMPOSE["configs"][name]["file"])
 
 
 def last(stage: str, instruction: str) -> str:
@@ -193,11 +201,41 @@ def test_what_is_mounted_is_there() -> None:
             source = volume.split(":")[0]
             assert (ROOT / source).is_dir() if source.startswith(".") else source in COMPOSE["volumes"]
         for configuration in service.get("configs", ()):
-            assert configuration["source"] in COMPOSE["configs"]
+            assert configuration_file(configuration["source"]).is_file()
+
+
+def test_what_cannot_be_written_to_gets_no_configuration_by_copy() -> None:
+    """Compose mounts a `file`, and copies anything else into the container, which a read-only root does not let it."""
+    given = [
+        (name, kind, source if isinstance(source, str) else source["source"])
+        for name, service in COMPOSE["services"].items() if service.get("read_only")
+        for kind in ("configs", "secrets") for source in service.get(kind, ())
+    ]  # fmt: skip
+    assert {name for name, _, _ in given} == {"redis", "prometheus", "grafana"}
+    assert [source for _, kind, source in given if COMPOSE[kind][source].keys() != {"file"}] == []
+
+
+def test_a_real_redis_takes_the_configuration_and_the_password(tmp_path: Path) -> None:
+    services, text = COMPOSE["services"], configuration_file("redis").read_text(encoding="utf-8")
+    (tmp_path / "redis.conf").write_text(text.replace("/data", str(tmp_path)) + f"port 0\nunixsocket {tmp_path}/s\n")
+    command = [part.replace("$$", "$") for part in services["redis"]["command"]]
+    assert "REDIS_PASSWORD" not in " ".join(command)  # which Compose would fill in
+    command[-1] = command[-1].replace("/etc/redis/redis.conf", str(tmp_path / "redis.conf"))
+    command[-1] = command[-1].replace("redis-server", redis_binary())
+    assert services["redis"]["environment"] == {"REDISCLI_AUTH": "${REDIS_PASSWORD}"}
+    with subprocess.Popen(command, env=os.environ | {"REDISCLI_AUTH": "a-b-c"}) as process:
+        try:
+            with pytest.raises(redis.AuthenticationError):
+                redis_settings(tmp_path / "s", None)
+            found = redis_settings(tmp_path / "s", "a-b-c")
+        finally:
+            process.terminate()
+        assert process.wait(10) == 0
+    assert found == {"maxmemory-policy": "noeviction", "appendonly": "yes", "maxmemory": str(512 << 20), "save": ""}
 
 
 def test_prometheus_asks_services_at_the_ports_of_their_images() -> None:
-    scraped: dict[str, Any] = yaml.safe_load(COMPOSE["configs"]["prometheus"]["content"])
+    scraped: dict[str, Any] = yaml.safe_load(configuration_file("prometheus").read_text(encoding="utf-8"))
     jobs = {job["job_name"]: job for job in scraped["scrape_configs"]}
     assert jobs["orchestrator"]["static_configs"] == [{"targets": [f"orchestrator:{last('orchestrator', 'EXPOSE')}"]}]
     (workers,) = jobs["worker"]["dns_sd_configs"]
@@ -209,7 +247,8 @@ def test_prometheus_asks_services_at_the_ports_of_their_images() -> None:
 def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
     (tmp_path / "rules").symlink_to(ROOT / "helm" / "blip-batch" / "rules")
     written = tmp_path / "prometheus.yml"
-    written.write_text(COMPOSE["configs"]["prometheus"]["content"].replace("/etc/prometheus/rules", "rules"))
+    text = configuration_file("prometheus").read_text(encoding="utf-8")
+    written.write_text(text.replace("/etc/prometheus/rules", "rules"))
     done = promtool("check", "config", "--lint=all", "--lint-fatal", str(written))
     assert done.returncode == 0, done.stdout + done.stderr
     assert b"rules found" in done.stdout

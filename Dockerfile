@@ -68,7 +68,7 @@ RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nolog
     && install -d -o 10001 -g 10001 /models
 COPY --from=worker-packages /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HOME=/models \
-    TORCHINDUCTOR_CACHE_DIR=/models/compiled \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/compiled \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     BLIP_METRICS_HOST=0.0.0.0 BLIP_METRICS_PORT=9090
 USER 10001:10001

@@ -218,6 +218,25 @@ def test_what_a_worker_writes_has_a_place() -> None:
     assert environment(pod["containers"][0])["HF_HOME"] == mounts["models"]
 
 
+@pytest.mark.parametrize(
+    ("cache", "compiled", "read_only"),
+    [
+        ((), "/tmp/compiled", False),
+        (("existingClaim=models",), "/models/compiled", False),  # every pod that comes later has it
+        (("existingClaim=models", "readOnly=true"), "/tmp/compiled", True),
+        (("hostPath=/var/lib/models",), "/tmp/compiled", False),  # whose owner may be anybody
+        (("hostPath=/var/lib/models", "readOnly=true"), "/tmp/compiled", True),
+    ],
+)
+def test_compiled_code_is_kept_where_it_can_be_written(cache: tuple[str, ...], compiled: str, read_only: bool) -> None:
+    (pod,) = workers(None, *(f"workerPools.default.modelCache.{value}" for value in cache)).values()
+    (container,) = pod["containers"]
+    assert environment(container)["TORCHINDUCTOR_CACHE_DIR"] == compiled
+    mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
+    assert mounts["/models"] is read_only
+    assert mounts["/tmp"] is False
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_settings_are_such(name: str | None) -> None:
     known = {f"BLIP_{field.upper()}" for field in Settings.model_fields}

@@ -169,6 +169,15 @@ def test_the_chart_runs_these_images() -> None:
             assert container["args"] == json.loads(last("worker", "CMD"))
 
 
+def test_compiled_code_has_a_place_in_the_image_without_a_volume() -> None:
+    assert variables("worker")["TORCHINDUCTOR_CACHE_DIR"].startswith("/tmp/")
+    for name in ("worker", "worker-gpu"):
+        service = COMPOSE["services"][name]
+        kept = service["environment"]["TORCHINDUCTOR_CACHE_DIR"]
+        assert kept.startswith("/models/")  # a tmpfs of Compose is mounted noexec
+        assert "models:/models" in service["volumes"]
+
+
 # compose.yaml
 
 

@@ -22,6 +22,7 @@ from .scheduling import (
     Workers,
     backlog_of,
     holders,
+    pool_of,
     servers,
     serves,
     slots_per_worker,
@@ -150,25 +151,29 @@ def backlog(
 
     Everything that is in no finished part counts, in flight or not; a job that is not planned yet as one row, so that a
     worker is there when it is; of one that is paused or being cancelled only what workers still hold.
-    `models`: only jobs that workers with BLIP_MODELS=`models` take. `without`: only jobs that none of these kinds of
-    workers takes; of each, its models with a plus between.
+    `models`: only jobs that workers with BLIP_MODELS=`models` take, and of the workers only these. `without`: only jobs
+    that none of these kinds of workers takes (of each, its models with a plus between), and of the workers only those
+    without BLIP_MODELS. So a pool is never asked for more because workers of another are busy, be it at the same jobs.
     """
     own = [model for pair in models for model in pair.split("+")]
     workers, busy = ledger.live_workers(), set[str]()
+    pool = pool_of(workers, own, bool(without))
     left = []
     for job in ledger.active_jobs():
         spec, state = ledger.spec(job), ledger.state(job)
-        if spec is None or state is None or (own and not serves(own, spec.model)):
-            continue
-        if any(serves(pool.split("+"), spec.model) for pool in without):
+        if spec is None or state is None:
             continue
         at_work = ledger.at_work(job)
-        busy.update(at_work)
-        slots = slots_per_worker(servers(spec.model, workers)) if workers else settings.worker_threads
+        busy.update(pool.keys() & at_work)  # whatever the job: none of them is taken away
+        if (own and not serves(own, spec.model)) or any(serves(kind.split("+"), spec.model) for kind in without):
+            continue
+        busy.update(set(at_work) - workers.keys())  # unheard of for a while; whose they are is not known
+        served = servers(spec.model, workers)
+        slots = slots_per_worker(served) if served else settings.worker_threads
         speed = ledger.speed(speed_key(spec.task, spec.model))
         rows, chunks = _left(state, len(at_work))
         left.append(Remaining(rows, chunks, speed * slots if speed else None))
-    slots = slots_per_worker(workers) if workers else settings.worker_threads
+    slots = slots_per_worker(pool) if pool else settings.worker_threads
     return backlog_of(left, len(busy), slots, settings.backlog_seconds, settings.max_workers)
 
 

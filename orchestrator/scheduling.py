@@ -66,6 +66,15 @@ def servers(model: str, workers: Workers) -> dict[str, Mapping[str, Any]]:
     return dedicated or {name: info for name, info in workers.items() if not info.get("only")}
 
 
+def pool_of(workers: Workers, models: Sequence[str], rest: bool) -> Workers:
+    """The workers that serve exactly `models`. None named: with `rest` those that take what no pool of models does,
+    else all.
+    """
+    if models:
+        return {name: info for name, info in workers.items() if set(info.get("only") or ()) == set(models)}
+    return {name: info for name, info in workers.items() if not (rest and info.get("only"))}
+
+
 def holders(model: str, workers: Workers) -> list[str]:
     """The live workers in whose memory the model is."""
     return [name for name, info in workers.items() if set(_named(model)) <= set(info.get("models", ()))]

@@ -153,9 +153,14 @@ class BacklogQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: list[str] = Field(default_factory=list, description="only jobs that workers with BLIP_MODELS=these take")
+    model: list[str] = Field(
+        default_factory=list,
+        description="only jobs that workers with BLIP_MODELS=these take, and of busy workers these",
+    )
     without_model: list[str] = Field(
-        default_factory=list, description="only jobs that no pool of these (A+B) takes; one for each pool"
+        default_factory=list,
+        description="only jobs that no pool of these (A+B) takes, and of busy workers those without BLIP_MODELS; "
+        "one for each pool",
     )
 
 

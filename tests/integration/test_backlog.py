@@ -12,8 +12,10 @@ from harness import advance, caption_spec, ended, write_manifest
 from mini_worker import MiniWorker
 
 from orchestrator import lifecycle
+from orchestrator.contract import Hint
 from orchestrator.control import Controller
 from orchestrator.jobs import make_spec, submit
+from orchestrator.ledger import Ledger
 from orchestrator.settings import Settings
 
 
@@ -122,6 +124,44 @@ def test_pools_ask_for_their_own_jobs(
     assert numbers(api, model=["owner/a", "owner/b"])[:2] == (60, 6)
     assert numbers(api, without_model=["owner/a"])[:2] == (50, 5)
     assert numbers(api, model=["owner/none"]) == (0, 0, 0)
+
+
+def hold(ledger: Ledger, job: str, *workers: str) -> None:
+    """Each of the workers has a lease of the job."""
+    state = ledger.state(job)
+    assert state is not None
+    assert state.plan is not None
+    for chunk, worker in enumerate(workers):
+        lease = ledger.acquire(Hint(job, chunk, state.plan, 0, 0, 10 * chunk, 10), worker)
+        assert not isinstance(lease, str)
+
+
+def test_busy_workers_are_those_of_the_pool_that_asks(
+    api: httpx.Client, settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    """Else each of two pools would want the workers of both, and next time those that came of it, up to its bound."""
+    ledger = controller.ledger
+    for name, only in {"any-1": [], "any-2": [], "a-1": ["owner/a"], "b-1": ["owner/b", "owner/c"]}.items():
+        ledger.worker_seen(name, {"slots": 2, "models": [], "only": only})
+    job = submit(ledger, caption_spec(write_manifest(tmp_path, 60), tmp_path / "out", model="owner/a"), settings)
+    advance(controller, job, lambda state: state.status == "in_progress")
+    hold(ledger, job, "any-1", "any-2", "a-1", "b-1")  # `any` began before a worker of the pool was there
+    assert numbers(api) == (60, 6, 4)
+    assert numbers(api, model=["owner/a"]) == (60, 6, 1)
+    assert numbers(api, model=["owner/b+owner/c"]) == (0, 0, 1)
+    assert numbers(api, without_model=["owner/a", "owner/b+owner/c"]) == (0, 0, 2)  # they are not taken away
+
+
+def test_a_worker_that_fell_silent_with_chunks_is_of_the_pool_of_its_job(
+    api: httpx.Client, settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    ledger = controller.ledger
+    ledger.worker_seen("a-1", {"slots": 2, "models": [], "only": ["owner/a"]})
+    job = submit(ledger, caption_spec(write_manifest(tmp_path, 60), tmp_path / "out", model="owner/a"), settings)
+    advance(controller, job, lambda state: state.status == "in_progress")
+    hold(ledger, job, "a-1", "gone-1", "gone-2")
+    assert numbers(api, model=["owner/a"]) == (60, 6, 3)
+    assert numbers(api, without_model=["owner/a"]) == (0, 0, 0)
 
 
 def test_a_job_of_two_models_belongs_to_a_pool_with_both(

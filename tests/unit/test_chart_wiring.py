@@ -88,6 +88,26 @@ def test_pools_do_not_share_a_query_of_prometheus() -> None:
         )  # fmt: skip
 
 
+SHARED = {
+    "workerPools.spot.precision=fp16": "workerPools.default and workerPools.spot both serve any model",
+    "workerPools.a.models={x/y},workerPools.b.models={demo,x/y}": "workerPools.a and workerPools.b both serve x/y",
+    "workerPools.a.models={x/y+x/z},workerPools.b.models={x/z}": "workerPools.a and workerPools.b both serve x/z",
+}
+
+
+@pytest.mark.parametrize("pools", SHARED)
+def test_pools_for_the_same_jobs_are_refused_where_each_would_be_scaled_for_all(pools: str) -> None:
+    with pytest.raises(helm().HelmError, match=re.escape(SHARED[pools]) + r".* make one pool of them"):
+        render(None, pools)
+    for kind in ("none", "hpa"):  # there each pool has a number, or a load, of its own
+        assert render(None, pools, f"autoscaling.kind={kind}")
+
+
+def test_a_pool_may_name_a_model_twice_and_revisions_are_models_of_their_own() -> None:
+    pools = scaled(None, "workerPools.a.models={x/y,x/y+x/z}", "workerPools.b.models={x/y@v2}")
+    assert pools.keys() == {"default", "a", "b"}
+
+
 def test_without_keda_an_hpa_keeps_at_least_one() -> None:
     documents = render(None, "autoscaling.kind=hpa", "workerPools.default.autoscaling.max=7")
     assert not of_kind(documents, "ScaledObject")

@@ -75,6 +75,20 @@ imagePullSecrets:
 {{- $pools | toJson }}
 {{- end }}
 
+{{/* Two pools that could do the same job would each be scaled for the whole of it. */}}
+{{- define "blip.refuseSharedJobs" -}}
+{{- $owners := dict }}
+{{- range $name, $pool := include "blip.pools" . | fromJson }}
+{{- range $model := ternary (splitList "+" (join "+" $pool.models)) (list "") (gt (len $pool.models) 0) | uniq }}
+{{- with get $owners $model }}
+{{- $what := ternary (printf "both serve %s" $model) "both serve any model" (ne $model "") }}
+{{- fail (printf "workerPools.%s and workerPools.%s %s, and each would be scaled for all of its jobs: make one pool of them (its affinity may prefer spot nodes and allow others), or give each other `models`" . $name $what) }}
+{{- end }}
+{{- $_ := set $owners $model $name }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "blip.podSecurity" -}}
 runAsNonRoot: true
 {{ toYaml .Values.podSecurityContext }}

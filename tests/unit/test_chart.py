@@ -219,6 +219,39 @@ def test_what_a_worker_writes_has_a_place() -> None:
 
 
 @pytest.mark.parametrize(
+    ("more", "loaders", "threads"),
+    [
+        ("resources.requests.cpu=6", "6", "6"),
+        ("resources.requests.cpu=2500m", "3", "3"),
+        ("resources.requests.cpu=100m", "1", "1"),
+        ("resources.requests.cpu=64", "32", "64"),
+        ("resources.limits.cpu=10", "10", "10"),  # above a request of 4
+        ("gpu.enabled=false", "2", "4"),
+        ("gpu.enabled=false,workerPools.default.resources.requests.cpu=1", "1", "1"),
+        ("gpu.enabled=false,workerPools.default.resources.requests.cpu=64", "8", "64"),
+        ("settings.BLIP_LOADERS=5", "5", "4"),
+        ("precision=auto,settings.BLIP_LOADERS=5", "5", "4"),  # of all pools
+        ("resources.requests.cpu=0", None, None),  # the worker looks for itself
+    ],
+)
+def test_a_worker_uses_the_cores_that_its_pool_asks_for(more: str, loaders: str | None, threads: str | None) -> None:
+    (pod,) = workers(None, f"workerPools.default.{more}").values()
+    (container,) = pod["containers"]
+    settings = environment(container)
+    assert (settings.get("BLIP_LOADERS"), settings.get("OMP_NUM_THREADS")) == (loaders, threads)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_no_variable_is_given_twice(name: str | None) -> None:
+    for who, pod in pods(render(name, "s3.region=eu-central-1")):
+        given = [entry["name"] for container in pod["containers"] for entry in container.get("env", ())]
+        assert len(given) == len(set(given)), who
+        if "BLIP_REDIS_URL" in given:
+            known = environment(pod["containers"][0])
+            assert known["AWS_REGION"] == known["AWS_DEFAULT_REGION"] == "eu-central-1"  # boto3 reads only the latter
+
+
+@pytest.mark.parametrize(
     ("cache", "compiled", "read_only"),
     [
         ((), "/tmp/compiled", False),

@@ -64,6 +64,31 @@ imagePullSecrets:
 {{- mustMergeOverwrite (deepCopy .root.Values.workerDefaults) (deepCopy (.pool | default dict)) | toJson }}
 {{- end }}
 
+{{/* Whole cores of a pod with these resources, at least one: its limit, else its request; empty where it has neither. */}}
+{{- define "blip.cores" -}}
+{{- with (.limits | default dict).cpu | default (.requests | default dict).cpu }}
+{{- $cpu := toString . }}
+{{- $cores := ternary (divf (trimSuffix "m" $cpu) 1000) (float64 $cpu) (hasSuffix "m" $cpu) }}
+{{- if gt $cores 0.0 }}{{ ceil $cores | int }}{{ end }}
+{{- end }}
+{{- end }}
+
+{{/*
+Processes and threads for the cores that a pool pays for: what a process sees by itself are the node's, of which a pod
+without a limit may have many for a while, and no more than it requested when others want theirs. Of the merged pool.
+*/}}
+{{- define "blip.coresEnv" -}}
+{{- with include "blip.cores" .pool.resources }}
+- name: OMP_NUM_THREADS
+  value: {{ . | quote }}
+{{- $given := merge (dict) $.pool.settings $.root.Values.settings }}
+{{- if not (hasKey $given "BLIP_LOADERS") }}
+- name: BLIP_LOADERS
+  value: {{ ternary (min 32 (int .)) (min 8 (max 1 (div (int .) 2))) $.pool.gpu.enabled | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* Pools that are served, as a JSON object of whole pools; `default: null` removes one. */}}
 {{- define "blip.pools" -}}
 {{- $pools := dict }}
@@ -153,8 +178,11 @@ http://{{ include "blip.fullname" . }}-orchestrator.{{ .Release.Namespace }}.svc
 {{- end }}
 {{- end }}
 {{- with $values.s3.region }}
-- name: AWS_REGION
-  value: {{ . | quote }}
+{{- /* boto3 reads the second; everything else of AWS, the first. */}}
+{{- range $name := list "AWS_REGION" "AWS_DEFAULT_REGION" }}
+- name: {{ $name }}
+  value: {{ $values.s3.region | quote }}
+{{- end }}
 {{- end }}
 {{- with $values.s3.endpointUrl }}
 - name: AWS_ENDPOINT_URL_S3

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
+import subprocess
 from typing import Any
 
 import yaml
-from chart import CHART, ROOT
+from chart import CHART, ROOT, pod_spec, render
 
 TEXT = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
 TOLD = dict(re.findall(r"^\| `([a-zA-Z0-9_.]+)` \| `(.*?)` \|", TEXT, re.MULTILINE))
@@ -45,6 +47,34 @@ def _read(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+LOGS = re.search(
+    r"\$ kubectl logs -l 'app.kubernetes.io/name=([\w-]+),app.kubernetes.io/component in \((.*)\)' .*\|\n    jq (-\w+) '(.*)'\n",
+    (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8"),
+)
+
+
+def test_the_runbooks_first_command_asks_our_programs_and_not_redis() -> None:
+    assert LOGS
+    name, components = LOGS[1], LOGS[2].split(",")
+    asked = set()
+    for document in filter(pod_spec, render()):
+        labels = (document["spec"].get("template") or document)["metadata"]["labels"]
+        if labels["app.kubernetes.io/name"] == name and labels["app.kubernetes.io/component"] in components:
+            asked.add(document["metadata"]["name"])
+    assert asked == {"rel-blip-batch-orchestrator", "rel-blip-batch-worker-default"}
+
+
+def test_the_runbooks_first_command_passes_over_lines_that_are_no_json() -> None:
+    assert LOGS
+    assert "R" in LOGS[3]  # lines as they are; without it the first that is no JSON ends the program
+    assert LOGS[4].startswith("fromjson? | objects | ")
+    if (jq := shutil.which("jq")) is None:  # a client's program, not one of ours: what it does with the rest is known
+        return
+    lines = ["worker: Warm shutdown (MainProcess)", '{"level":"info"}', "7", "", '{"level":"error","job":"a"}']
+    found = subprocess.run([jq, LOGS[3], LOGS[4]], input="\n".join(lines), capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == [lines[-1]]
 
 
 def test_the_formula_is_the_readmes() -> None:

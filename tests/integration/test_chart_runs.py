@@ -129,3 +129,20 @@ def test_a_job_runs_from_the_chart_to_the_bucket(release: Release, tmp_path: Pat
         variables = release.variables(hook) | {"BLIP_API_URL": f"http://127.0.0.1:{release.port}"}
         done = subprocess.run([sys.executable, "-c", *hook["args"]], env=variables, capture_output=True, check=False)
         assert done.returncode != 0
+
+
+def test_the_hook_of_helm_test_waits_for_what_was_just_installed(release: Release, tmp_path: Path) -> None:
+    hook = release.container("Pod", "test")
+    variables = release.variables(hook) | {"BLIP_API_URL": f"http://127.0.0.1:{release.port}"}
+    with subprocess.Popen(
+        [sys.executable, "-c", *hook["args"]], env=variables, stdout=subprocess.PIPE, text=True
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout
+            assert process.stdout.readline().rstrip().endswith("; waiting")  # nobody listens yet
+            with release.running("orchestrator", release.port, tmp_path / "orchestrator.log"):
+                said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert said.splitlines()[-1].startswith("ok: ")

@@ -50,7 +50,8 @@ def _read(text: str) -> Any:
 
 
 LOGS = re.search(
-    r"\$ kubectl logs -l 'app.kubernetes.io/name=([\w-]+),app.kubernetes.io/component in \((.*)\)' .*\|\n    jq (-\w+) '(.*)'\n",
+    r"\$ kubectl logs -l 'app.kubernetes.io/name=([\w-]+),app.kubernetes.io/component in \((.*)\)' .*\|\n"
+    r"    jq (-\w+) '(.*)'\n",
     (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8"),
 )
 

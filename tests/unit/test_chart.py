@@ -27,6 +27,10 @@ SWITCHES = (
         "autoscaling.keda.trigger=prometheus", "autoscaling.keda.prometheus.serverAddress=http://prometheus:9090",
     )),
     ("open", None, ("networkPolicy.enabled=false", "serviceAccounts.worker.create=false")),
+    ("ways", None, (
+        "networkPolicy.extraEgress[0].ports[0].port=988", "networkPolicy.extraEgress[0].to[0].ipBlock.cidr=10.0.0.0/8",
+        "networkPolicy.metricsFrom[0].namespaceSelector.matchLabels.team=watch", "networkPolicy.exceptCidrs=null",
+    )),
     ("names", "production", ("fullnameOverride=b", "serviceAccounts.worker.name=mine", "commonLabels.team=a")),
 )  # fmt: skip
 RENDERED = [*(pytest.param(name, (), id=name or "defaults") for name in SETS),

@@ -253,6 +253,7 @@ metadata:
     {{- .labels | nindent 4 }}
 spec:
   maxUnavailable: {{ .budget.maxUnavailable }}
+  unhealthyPodEvictionPolicy: AlwaysAllow # what does not work must not hold a node back
   selector:
     matchLabels:
       {{- .selector | nindent 6 }}
@@ -302,6 +303,19 @@ dir /data
 protected-mode yes
 {{- end }}
 
+{{/* The ports to any address, as a JSON array: those that are listed, and those of the URLs that are to be reached. */}}
+{{- define "blip.internetPorts" -}}
+{{- $ports := .Values.networkPolicy.internetPorts }}
+{{- range compact (list .Values.s3.endpointUrl .Values.hub.endpoint) }}
+{{- $url := urlParse . }}
+{{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) | default (ternary "443" "80" (eq $url.scheme "https")) }}
+{{- $ports = append $ports $port }}
+{{- end }}
+{{- $numbers := list }}
+{{- range $ports }}{{ $numbers = append $numbers (int .) }}{{ end }}
+{{- uniq $numbers | toJson }}
+{{- end }}
+
 {{/* Egress of orchestrators and workers: names, storage and the hub, Redis. */}}
 {{- define "blip.outside" -}}
 {{- $values := .Values.networkPolicy }}
@@ -311,14 +325,20 @@ protected-mode yes
     - { protocol: UDP, port: 53 }
     - { protocol: TCP, port: 53 }
 - to:
+    {{- range $cidr := list "0.0.0.0/0" "::/0" }}
     - ipBlock:
-        cidr: 0.0.0.0/0
-        {{- with $values.exceptCidrs }}
+        cidr: {{ $cidr | quote }}
+        {{- $but := list }}
+        {{- range $values.exceptCidrs }}
+        {{- if eq (contains ":" .) (contains ":" $cidr) }}{{ $but = append $but . }}{{ end }}
+        {{- end }}
+        {{- with $but }}
         except:
           {{- toYaml . | nindent 10 }}
         {{- end }}
+    {{- end }}
   ports:
-    {{- range $values.internetPorts }}
+    {{- range include "blip.internetPorts" . | fromJsonArray }}
     - { protocol: TCP, port: {{ . }} }
     {{- end }}
 - ports:

@@ -222,6 +222,15 @@ def test_the_files_of_rules_and_dashboards_arrive_as_they_are() -> None:
         assert document["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
+def test_the_links_of_alerts_lead_to_where_the_runbook_is_kept() -> None:
+    page = "https://wiki.example.com/blip/runbook?v=1"
+    (document,) = of_kind(render("production", f"monitoring.runbookUrl={page}"), "PrometheusRule")
+    rules = [rule for group in document["spec"]["groups"] for rule in group["rules"] if "alert" in rule]
+    assert [rule["annotations"]["runbook_url"] for rule in rules] == [
+        f"{page}#{rule['alert'].lower()}" for rule in rules
+    ]
+
+
 def test_monitors_name_ports_that_pods_have() -> None:
     documents = render("production")
     monitor = named(documents, "PodMonitor", "rel-blip-batch-workers")
@@ -271,6 +280,7 @@ WRONG = {
     "image.worker.tag=latest": "image blip-batch/worker: `latest` is no version; name a tag or a digest",
     "autoscaling.kind=vpa": "'/autoscaling/kind': value must be one of 'keda', 'hpa', 'none'",
     "autoscaling.keda.trigger=prometheus": "autoscaling.keda.prometheus.serverAddress: the URL of Prometheus is needed",
+    "monitoring.runbookUrl=docs": "'/monitoring/runbookUrl': 'docs' does not match",
     "networkPolicy.exceptCidrs={fd00}": "'/networkPolicy/exceptCidrs/0': 'fd00' does not match",
     "podSecurityContext.runAsUser=0": "'/podSecurityContext/runAsUser': minimum: got 0, want 1",
     "workers=3": "additional properties 'workers' not allowed",

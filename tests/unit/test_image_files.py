@@ -204,6 +204,14 @@ def test_the_services_are_those_of_a_cluster() -> None:
     assert redis_image == [services["redis"]["image"]]
 
 
+def test_a_worker_without_a_gpu_may_be_built_without_cuda() -> None:
+    services = COMPOSE["services"]
+    given = services["worker"]["build"]["args"]
+    assert given["PIP_EXTRA_INDEX_URL"] == "${PIP_EXTRA_INDEX_URL:-}"
+    assert ("ARG", "PIP_EXTRA_INDEX_URL=") in stages()["worker-packages"]
+    assert "args" not in services["worker-gpu"]["build"]  # the same index would take its CUDA away
+
+
 def test_what_is_mounted_is_there() -> None:
     for service in COMPOSE["services"].values():
         for volume in service.get("volumes", ()):

@@ -10,55 +10,42 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from time import monotonic
 from typing import Final
 
 from .broker import make_celery, publish
-from .contract import Hint, JobSpec, JobState
+from .contract import JobSpec, JobState
 from .errors import BlipBatchError, JobError, ManifestError, RedisUnavailable, StorageError, UsageError
 from .finalizer import finalize
 from .jobs import claim_output, complete_job_record
+from .lane import Lane
 from .ledger import Ledger, StaleEpochError
 from .logs import fields
 from .manifest import require_rows
-from .parts import PartInfo, describe, part_key
-from .plan import Plan, load_plan, make_plan
-from .rounds import Round, existing_parts, load_rounds
+from .plan import load_plan, make_plan
+from .reconcile import counts, reconcile
+from .rounds import existing_parts, load_rounds
 from .scheduling import Demand, Workers, chunk_rows_for, rooms, route, slots_per_worker, speed_key
 from .settings import Settings
+from .stopping import StoppingError, go_on
 from .storage import open_store
+from .temporary import remove_left_behind
+from .work import Work
 
 MEMORY_LIMIT: Final = 0.7  # of Redis's maxmemory; nothing new is handed out above it
 GUARD_ROWS: Final = 1000  # max_error_ratio is looked at from so many rows on
+_STEP_SECONDS: Final = 2.0  # a job that takes longer is not waited for
+#: Jobs that are fed at once, and jobs that are planned or summed up at once. They mostly wait for their stores; a plan
+#: that is made holds some dozens of MB.
+_WORKING, _PLANNING = 32, 12
 _BATCH: Final = 500  # chunks named in one call of a script
 _SPEED_SECONDS: Final = 30.0  # over which a job's speed is averaged
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What there is to do for a job: in the first round all of its plan, later what the last round is about."""
-
-    plan: Plan
-    rounds: list[Round]
-
-    @property
-    def number(self) -> int:
-        return len(self.rounds)
-
-    @property
-    def rows_per_chunk(self) -> float:
-        if self.rounds:
-            return sum(self.rounds[-1].rows) / len(self.rounds[-1].chunks)
-        return self.plan.rows / self.plan.chunks
-
-    def hint(self, job: str, chunk: int) -> Hint:
-        todo = self.rounds[-1].rows_of(chunk) if self.rounds else 0
-        return Hint.of(job, self.plan.hash, self.plan.chunk(chunk), self.number, todo)
 
 
 @dataclass
@@ -69,8 +56,7 @@ class Step:
     workers: Workers
     rooms: dict[str, int]  # job -> its chunks that may be in flight; none: hand out nothing
     reconcile: bool  # look for lost chunks this time
-    #: Queue -> chunks in flight that are neither leased nor waiting there: so many hints may be lost.
-    lost_hints: dict[str, int]
+    overdue: dict[str, list[int]]  # job -> the chunks to look for
 
 
 class Controller:
@@ -86,13 +72,16 @@ class Controller:
         self._recorded: set[str] = set()  # jobs whose job.json has the model
         self._paused: set[str] = set()  # as last seen
         self._to_pause: set[str] = set()  # those of them that Redis lost: once they are rebuilt
-        self._slow = ThreadPoolExecutor(4, thread_name_prefix="plan-and-finalize")
-        self._running: dict[str, Future[None]] = {}
+        self._stop, self._closed = threading.Event(), False
+        self._work_lane = Lane(_WORKING, "work", self._stopping)
+        self._slow_lane = Lane(_PLANNING, "plan-and-finalize", self._stopping)
         self._next_reconcile = 0.0
-        self.stepped_at = monotonic()  # when it last was through with a job, or with all: what tells that it is alive
+        self.stepped_at = monotonic()  # when it last was sure to go on: what tells that it is alive
 
     def run(self, stop: threading.Event) -> None:
         """Steps until `stop` is set. Outages of Redis and of the store are waited out."""
+        self._stop = stop
+        remove_left_behind()
         try:
             while not stop.is_set():
                 try:
@@ -105,26 +94,44 @@ class Controller:
         finally:
             self.close()
 
+    def _stopping(self) -> bool:
+        return self._closed or self._stop.is_set()
+
     def close(self) -> None:
-        self._slow.shutdown(cancel_futures=True)
+        """What runs in threads stops at its next block, and leaves its job as it is."""
+        self._closed = True
+        self._work_lane.close()
+        self._slow_lane.close()
         self._celery.close()
         self.ledger.close()
 
     def step(self) -> bool:
-        """One round over all jobs. False: another control loop leads. Raises RedisUnavailable."""
+        """One round over all jobs. False: another control loop leads. Raises RedisUnavailable.
+
+        What asks a store happens in threads: the lead must be kept, and other jobs go on, while one waits for its own.
+        """
         epoch = self.ledger.lead(self.owner, self.settings.lead_seconds)
         if epoch is None:
             return False
         jobs = self._unfinished()
         this = self._new_step(epoch, jobs)
         try:
-            for spec, state in jobs:
-                with fields(job=spec.id):
-                    self._guarded(spec, epoch, lambda: self._advance(spec, state, this))  # noqa: B023 -- called at once
-                self.stepped_at = monotonic()  # while the store is away each job takes as long as its retries
+            begun = [self._advance(spec, state, this) for spec, state in jobs]
+            self._await({task for task in begun if task is not None}, epoch)
         except StaleEpochError:
             return False
         return True
+
+    def _await(self, tasks: "set[Future[None]]", epoch: str) -> None:
+        """Waits for the tasks, but not for long: those that take longer are left to themselves. Raises what they do."""
+        until = monotonic() + _STEP_SECONDS
+        while tasks and monotonic() < until and not self._stopping():
+            done, tasks = wait(tasks, min(_STEP_SECONDS, self.settings.lead_seconds) / 4, FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            self.stepped_at = monotonic()
+            if tasks and self.ledger.lead(self.owner, self.settings.lead_seconds) != epoch:
+                raise StaleEpochError
 
     def _unfinished(self) -> list[tuple[JobSpec, JobState]]:
         """Jobs that have not ended. Those that Redis lost are created again, and rebuilt from storage like new ones."""
@@ -158,12 +165,26 @@ class Controller:
         this = Step(epoch, workers, self._rooms(working, workers), monotonic() >= self._next_reconcile, {})
         if this.reconcile:
             self._next_reconcile = monotonic() + self.settings.reconcile_seconds
-            for spec, _ in working:
-                queue = route(spec.model, workers)
-                if queue not in this.lost_hints:
-                    this.lost_hints[queue] = -self.ledger.queue_length(queue)
-                this.lost_hints[queue] += self.ledger.in_flight(spec.id)[2]
+            this.overdue = self._overdue([spec for spec, _ in working], workers)
         return this
+
+    def _overdue(self, jobs: Sequence[JobSpec], workers: Workers) -> dict[str, list[int]]:
+        """The overdue chunks of each job.
+
+        A chunk that was leased lost its worker. One that was not may still wait in a long queue: only as many of
+        those are looked for as hints are missing, so that the queue never grows by it.
+        """
+        queues = {spec.id: route(spec.model, workers) for spec in jobs}
+        missing = {queue: -self.ledger.queue_length(queue) for queue in set(queues.values())}
+        for job, queue in queues.items():
+            missing[queue] += self.ledger.in_flight(job)[2]
+        found = {}
+        for job, queue in queues.items():
+            due = self.ledger.due(job)
+            unleased = [chunk for chunk, was_leased in due if not was_leased][: max(0, missing[queue])]
+            missing[queue] -= len(unleased)
+            found[job] = [chunk for chunk, was_leased in due if was_leased] + unleased
+        return found
 
     def _rooms(self, working: Sequence[tuple[JobSpec, JobState]], workers: Workers) -> dict[str, int]:
         if not working or self.ledger.memory_ratio() >= MEMORY_LIMIT:
@@ -175,16 +196,33 @@ class Controller:
             demands.append(Demand(spec.id, spec.model, spec.weight, state.chunks - state.chunks_done, chunks))
         return rooms(demands, workers)
 
-    def _advance(self, spec: JobSpec, state: JobState, this: Step) -> None:
+    def _advance(self, spec: JobSpec, state: JobState, this: Step) -> "Future[None] | None":
+        """Begins what the job's status asks for; a task that is soon done is returned."""
         match state.status:
-            case "validating":
-                self._in_background(spec, this.epoch, self._prepare)
             case "in_progress":
-                self._work(spec, state, this)
+                return self._begin(self._work_lane, spec, this.epoch, lambda: self._work(spec, state, this))
+            case "validating":
+                self._begin(self._slow_lane, spec, this.epoch, lambda: self._prepare(spec, this.epoch))
             case "finalizing":
-                self._in_background(spec, this.epoch, self._finalize)
+                self._begin(self._slow_lane, spec, this.epoch, lambda: self._finalize(spec, this.epoch))
             case "cancelling" if self.ledger.in_flight(spec.id)[1] == 0:
                 self.ledger.set_status(spec.id, "cancelled", epoch=this.epoch)
+        return None
+
+    def _begin(self, lane: Lane, spec: JobSpec, epoch: str, action: Callable[[], None]) -> "Future[None] | None":
+        """Starts the job's task unless it has one that runs."""
+
+        def task() -> None:
+            with fields(job=spec.id):
+                try:
+                    self._guarded(spec, epoch, action)
+                except StoppingError:
+                    log.info("%s: left as it is: the control loop is to end", spec.id)
+                except (StaleEpochError, RedisUnavailable) as error:  # the job's status is as before: begun again later
+                    log.warning("%s: %s", spec.id, error)
+                    raise
+
+        return lane.start(spec.id, task)
 
     def _work(self, spec: JobSpec, state: JobState, this: Step) -> None:
         _guard_errors(spec, state)
@@ -197,19 +235,17 @@ class Controller:
             return
         key, slots = speed_key(spec.task, spec.model), slots_per_worker(this.workers)
         self.ledger.measure(spec.id, this.epoch, _SPEED_SECONDS, slots, key)
-        if this.reconcile:
-            self._reconcile(spec, work, this)
-            work.plan.check_manifest()
         if room := this.rooms.get(spec.id):
             self._publish(spec, work, this, self.ledger.feed(spec.id, this.epoch, room))
+        if this.reconcile:
+            work.plan.check_manifest()
+            overdue = this.overdue.get(spec.id, [])
+            reconcile(self.ledger, spec.id, this.epoch, work, overdue, partial(self._publish, spec, work, this))
 
     def _work_of(self, spec: JobSpec, state: JobState) -> Work:
         work = self._works.get(spec.id)
         if work is None or work.plan.hash != state.plan or work.number != state.round:
-            plan = load_plan(open_store(spec.output, self.settings), self.settings)
-            if plan is None or plan.hash != state.plan:
-                raise JobError("plan_invalid", f"{spec.output}/plan was removed or replaced; choose another output")
-            work = self._works[spec.id] = Work(plan, load_rounds(plan)[: state.round])
+            work = self._works[spec.id] = Work.load(spec, state, self.settings)
         return work
 
     def _publish(self, spec: JobSpec, work: Work, this: Step, chunks: Sequence[int]) -> None:
@@ -217,49 +253,14 @@ class Controller:
         hints = (work.hint(spec.id, chunk) for chunk in chunks)
         publish(self._celery, hints, route(spec.model, this.workers))
 
-    def _reconcile(self, spec: JobSpec, work: Work, this: Step) -> None:
-        """Overdue chunks: counted if their part is there, else published again.
-
-        A chunk that was leased lost its worker. One that was not may still wait in a long queue: only as many of
-        those are published again as hints are missing, so that the queue never grows by it.
-        """
-        job, plan, queue = spec.id, work.plan, route(spec.model, this.workers)
-        overdue = self.ledger.due(job)
-        leased = [chunk for chunk, was_leased in overdue if was_leased]
-        unleased = [chunk for chunk, was_leased in overdue if not was_leased][: max(0, this.lost_hints[queue])]
-        this.lost_hints[queue] -= len(unleased)
-        lost: list[int] = []
-        for chunk in leased + unleased:
-            part = describe(plan.store, part_key(chunk, work.number, plan.results))
-            if part is None:
-                lost.append(chunk)
-            elif self.ledger.mark(job, this.epoch, plan.hash, [_counts(part)], work.number):
-                self.ledger.add_total("found", 1)
-                self.ledger.add_total("rows_done", part.rows)
-        if lost:
-            log.warning("%s: %d chunks lost their worker or hint; handing them out again", job, len(lost))
-            again = self.ledger.requeue(job, this.epoch, lost)
-            self._publish(spec, work, this, again)
-            self.ledger.add_total("requeued", len(again))
-
-    def _in_background(self, spec: JobSpec, epoch: str, task: Callable[[JobSpec, str], None]) -> None:
-        """Starts the job's slow task unless it runs: reading may take minutes, and the lead must be kept."""
-        running = self._running.get(spec.id)
-        if running is None or running.done():
-            self._running[spec.id] = self._slow.submit(self._run_slow, spec, epoch, task)
-
-    def _run_slow(self, spec: JobSpec, epoch: str, task: Callable[[JobSpec, str], None]) -> None:
-        try:
-            with fields(job=spec.id):
-                self._guarded(spec, epoch, lambda: task(spec, epoch))
-        except (StaleEpochError, RedisUnavailable) as error:  # the job's status is as before: begun again later
-            log.warning("%s: %s", spec.id, error)
-
     def _guarded(self, spec: JobSpec, epoch: str, action: Callable[[], None]) -> None:
-        """Runs `action`; what it raises fails the job, unless it may pass. Raises StaleEpochError, RedisUnavailable."""
+        """Runs `action`; what it raises fails the job, unless it may pass.
+
+        Raises StaleEpochError, RedisUnavailable and StoppingError, which leave the job as it is.
+        """
         try:
             action()
-        except (StaleEpochError, RedisUnavailable):
+        except (StaleEpochError, RedisUnavailable, StoppingError):
             raise
         except BlipBatchError as error:
             if error.retryable and self._has_begun(spec.id):
@@ -307,9 +308,11 @@ class Controller:
         if work.rounds:
             to_do = iter(zip(work.rounds[-1].chunks, work.rounds[-1].rows, strict=True))
             while batch := list(islice(to_do, _BATCH)):
+                go_on()
                 self.ledger.open(job, epoch, plan.hash, number, batch)
         parts = existing_parts(plan, number)
-        while found := [_counts(part) for part in islice(parts, _BATCH)]:
+        while found := [counts(part) for part in islice(parts, _BATCH)]:
+            go_on()
             self.ledger.mark(job, epoch, plan.hash, found, number)
 
     def _finalize(self, spec: JobSpec, epoch: str) -> None:
@@ -328,10 +331,6 @@ class Controller:
             codes = ", ".join(f"{code}: {count}" for code, count in summary["errors"].items())
             raise JobError("all_rows_failed", f"all {plan.rows} rows failed ({codes}); see {spec.output}/errors.jsonl")
         self.ledger.set_status(spec.id, "completed", epoch=epoch)
-
-
-def _counts(part: PartInfo) -> tuple[int, int, int, str]:
-    return part.chunk, part.rows - part.failed, part.failed, part.codes
 
 
 def _guard_errors(spec: JobSpec, state: JobState) -> None:

@@ -23,6 +23,7 @@ class FaultyProxy:
         self.script: deque[Fault] = deque()
         self.always: Fault = "pass"
         self.methods = {"GET", "PUT", "HEAD"}
+        self.seconds = dict[str, float]()  # method -> how long the store thinks
         self.seen: list[str] = []  # methods, in order
         self.connections = 0
         self.requests: list[tuple[str, str]] = []  # methods and paths, in order
@@ -61,6 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.owner.requests.append((self.command, self.path.partition("?")[0]))
+        self.owner.released.wait(self.owner.seconds.get(self.command, 0))
         fault = self.owner.next_fault(self.command)
         if isinstance(fault, int):
             self.answer(fault, [], b"")

@@ -1,0 +1,57 @@
+"""Chunks that are overdue: a worker died at them, or their hint was lost. Found in storage, or handed out again."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
+from typing import Final
+
+from .ledger import Ledger
+from .parts import PartInfo, describe, part_key
+from .stopping import as_here, go_on
+from .work import Work
+
+_LOOKS: Final = 16  # parts asked for at once
+_BATCH: Final = 50  # chunks that are handed out again as soon as they are known to be lost
+_SECONDS: Final = 5.0  # then the job is to be fed again; what is left is overdue the next time too
+
+log = logging.getLogger(__name__)
+
+
+def reconcile(
+    ledger: Ledger, job: str, epoch: str, work: Work, overdue: Sequence[int], publish: Callable[[Sequence[int]], None]
+) -> None:
+    """Counts the parts of overdue chunks that are in storage; the other chunks are given a deadline and published.
+
+    Raises StaleEpochError, RedisUnavailable and StorageError; what was done until then stays done.
+    """
+    until = monotonic() + _SECONDS
+    for begin in range(0, len(overdue), _BATCH):
+        go_on()
+        if monotonic() > until:
+            return
+        lost = []
+        for chunk, part in _look(work, overdue[begin : begin + _BATCH]):
+            if part is None:
+                lost.append(chunk)
+            elif ledger.mark(job, epoch, work.plan.hash, [counts(part)], work.number):
+                ledger.add_total("found", 1)
+                ledger.add_total("rows_done", part.rows)
+        if lost:
+            log.warning("%s: %d chunks lost their worker or hint; handing them out again", job, len(lost))
+            again = ledger.requeue(job, epoch, lost)
+            publish(again)
+            ledger.add_total("requeued", len(again))
+
+
+def _look(work: Work, chunks: Sequence[int]) -> Iterator[tuple[int, PartInfo | None]]:
+    """The chunks with their parts, asked for at once: each answer of an object store takes a while."""
+    plan = work.plan
+    with ThreadPoolExecutor(min(_LOOKS, len(chunks)), "overdue", initializer=as_here()) as pool:
+        keys = (part_key(chunk, work.number, plan.results) for chunk in chunks)
+        yield from zip(chunks, pool.map(lambda key: describe(plan.store, key), keys), strict=True)
+
+
+def counts(part: PartInfo) -> tuple[int, int, int, str]:
+    """A part as `Ledger.mark` takes it."""
+    return part.chunk, part.rows - part.failed, part.failed, part.codes

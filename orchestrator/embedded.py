@@ -38,6 +38,7 @@ _our_log = logging.getLogger(__package__)
 
 POLL_SECONDS: Final = 0.1
 _REDIS_START_SECONDS: Final = 10.0
+_CONTROL_STOP_SECONDS: Final = 15.0  # the control loop may wait for an answer of its store
 _MOST_RESTARTS: Final = 5  # of workers that died, in one job
 #: Becomes the program named in its arguments, and is killed when our process dies.
 _TETHER: Final = """
@@ -137,6 +138,7 @@ class Embedded:
         """Stops everything. Workers that were interrupted in mid-job get the grace period; idle ones need none."""
         try:
             if kind is not None:
+                self._stop.set()  # what is planned or summed up ends at its next block, while the workers finish
                 for worker in self._workers:
                     _signal(worker, signal.SIGTERM)
                 _wait_all(self._workers, self.settings.drain_seconds + 2)
@@ -144,7 +146,7 @@ class Embedded:
             for worker in self._workers:
                 _end(worker, 0)
             self._stop.set()
-            self._control.join(5)
+            self._control.join(_CONTROL_STOP_SECONDS)
             self.ledger.close()
             self._redis.close()
             _our_log.removeHandler(self._handler)

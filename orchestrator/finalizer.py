@@ -1,7 +1,6 @@
 """The end of a job: every part verified against the plan, failures gathered, the summary written."""
 
 import json
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,8 @@ from .contract import JobSpec, JobState, to_line
 from .parts import PartInfo, as_manifest_row, count_codes
 from .plan import Plan
 from .rounds import SUMMARY_KEY, MergedChunk, is_complete, load_rounds, merged_chunks
+from .stopping import go_on
+from .temporary import temporary_file
 
 ERRORS_KEY: Final = "errors.jsonl"
 
@@ -42,8 +43,9 @@ def finalize(spec: JobSpec, plan: Plan, state: JobState) -> dict[str, Any] | Non
     if not is_complete(plan, rounds):
         return None
     totals, images = Totals(), plan.image_policy()
-    with tempfile.NamedTemporaryFile(prefix="blip-errors-") as errors:
+    with temporary_file("blip-errors-") as errors:
         for chunk in merged_chunks(plan):
+            go_on()
             totals.add(chunk)
             errors.writelines(to_line(as_manifest_row(failure, images)) for failure in chunk.failures)
         errors.flush()

@@ -21,6 +21,7 @@ from .fetch import ImagePolicy
 from .manifest import Source, choose_chunk_rows, open_manifest, scan, staged, stored_rows
 from .rows import parse_rows
 from .settings import Settings
+from .stopping import go_on
 from .storage import Store, open_object
 
 PLAN_KEY: Final = "plan/plan.json"
@@ -173,6 +174,7 @@ def draft_plan(source: Source, lines: Source, chunk_rows: int | None, worth: int
     try:
         chunk_rows = chunk_rows or choose_chunk_rows(lines.size, read(0, min(lines.size, 2**20)), worth)
         for chunk in scan(read, lines.size, chunk_rows):
+            go_on()
             starts.append(chunk.start)
             ends.append(chunk.end)
             rows.append(chunk.rows)

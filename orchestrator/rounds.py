@@ -21,6 +21,7 @@ from .contract import Chunk, ResultFormat
 from .errors import JobError, ObjectNotFound
 from .parts import CheckedPart, PartError, PartInfo, check, chunk_of, describe, part_key, part_prefix, read_part
 from .plan import Plan
+from .stopping import as_here, go_on
 from .storage import LocalStore, Store
 
 SUMMARY_KEY: Final = "summary.json"  # what `finalizer` writes once every part is there
@@ -152,8 +153,9 @@ def present_chunks(plan: Plan, number: int = 0) -> set[int]:
 def existing_parts(plan: Plan, number: int = 0) -> Iterator[PartInfo]:
     """What is known of the round's parts, in order; only a window of them is looked at ahead."""
     chunks = iter(sorted(present_chunks(plan, number)))
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="parts") as pool:
+    with ThreadPoolExecutor(_READERS, "parts", initializer=as_here()) as pool:
         while window := list(islice(chunks, 32 * _READERS)):
+            go_on()
             found = pool.map(lambda chunk: describe(plan.store, part_key(chunk, number, plan.results)), window)
             yield from (part for part in found if part is not None)
 
@@ -248,7 +250,7 @@ def merged_chunks(plan: Plan) -> Iterator[MergedChunk]:
     """Every chunk, checked, in order; a bounded number of them in memory. Raises PartError and StorageError."""
     rounds, chunks = load_rounds(plan), plan.all_chunks()
     readers = 1 if isinstance(plan.store, LocalStore) else _READERS  # reading takes longer than checking, or less
-    with ThreadPoolExecutor(readers, thread_name_prefix="parts") as pool:
+    with ThreadPoolExecutor(readers, "parts", initializer=as_here()) as pool:
         while window := list(islice(chunks, _WINDOW)):
             yield from pool.map(lambda chunk: merged_chunk(plan, chunk, rounds), window)
 

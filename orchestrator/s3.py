@@ -25,6 +25,7 @@ from botocore.exceptions import (
 
 from .errors import AccessDenied, ObjectChanged, ObjectNotFound, StorageError, StoreUnavailable
 from .settings import Settings
+from .stopping import go_on, going_on
 from .storage import ObjectInfo, Store
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ class S3Store(Store):
         return {**self._where(key), "Body": data, "ContentMD5": digest, "Metadata": dict(metadata or {})}
 
     def put_file(self, key: str, path: Path) -> None:
-        self._ask(key, lambda: self._client.upload_file(str(path), self.bucket, self.prefix + key))
+        sent = going_on()  # called for each block, in boto3's threads
+        self._ask(key, lambda: self._client.upload_file(str(path), self.bucket, self.prefix + key, Callback=sent))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         token: dict[str, Any] = {}
@@ -166,6 +168,7 @@ def retrying(uri: str, call: Callable[[], T], seconds: float) -> T:
         try:
             return call()
         except (ClientError, BotoCoreError, S3UploadFailedError) as error:
+            go_on()  # no further tries then; and an upload that was stopped fails by it
             failure = _as_storage_error(uri, error)
             pause = min(pause * 2, 5.0)
             wait = pause * random.uniform(0.5, 1.0)

@@ -17,6 +17,7 @@ from typing import Final
 
 from .errors import AccessDenied, ObjectChanged, ObjectNotFound, StorageError, UsageError
 from .settings import Settings, load_settings
+from .stopping import go_on
 
 #: Written once by the start-up probe and left there: deleting may not be allowed, and it is proof for the next run.
 PROBE_KEY: Final = "plan/probe"
@@ -141,6 +142,7 @@ class LocalStore(Store):
         with _errors_of(target, writing=True), path.open("rb") as source, _temporary(target) as temporary:
             with temporary.open("wb") as file:
                 while block := source.read(2**20):
+                    go_on()
                     file.write(block)
                 file.flush()
                 os.fsync(file.fileno())

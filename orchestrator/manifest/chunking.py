@@ -14,6 +14,7 @@ from typing import Final
 from ..contract import Chunk
 from ..errors import ManifestError
 from ..rows import BOM
+from ..stopping import as_here
 
 BLOCK: Final = 8 * 2**20  # bytes read at once
 AHEAD: Final = 3  # blocks on their way: one connection to an object store gives less than is counted meanwhile
@@ -74,7 +75,7 @@ def scan(read: Callable[[int, int], bytes], size: int, chunk_rows: int) -> Itera
 def _blocks(read: Callable[[int, int], bytes], size: int) -> Iterator[bytes]:
     """The manifest's bytes in order. While one block is looked at, the next ones are on their way."""
     starts = iter(range(0, size, BLOCK))
-    with ThreadPoolExecutor(AHEAD, thread_name_prefix="manifest") as pool:
+    with ThreadPoolExecutor(AHEAD, "manifest", initializer=as_here()) as pool:
 
         def reads(count: int) -> Iterator["Future[bytes]"]:
             return (pool.submit(read, start, min(start + BLOCK, size)) for start in islice(starts, count))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,9 @@ from typing import Final
 from ..contract import ManifestFormat
 from ..errors import ManifestError, StorageError
 from ..settings import Settings
+from ..stopping import go_on
 from ..storage import is_s3
+from ..temporary import temporary_file
 from .formats import LINE_FORMATS, is_image
 from .inventory import inventory_lines, read_inventory
 from .source import Source, no_images, open_manifest, opened
@@ -49,8 +50,9 @@ def staged(source: Source, settings: Settings) -> Iterator[Staged]:
     """The rows of a manifest, a folder or a prefix as lines. Raises ManifestError and StorageError."""
     skipped: Counter[str] = Counter()
     digest = hashlib.sha256()
-    with tempfile.NamedTemporaryFile(prefix="blip-rows-") as file:
+    with temporary_file("blip-rows-") as file:
         for block in _blocks(source, settings, skipped):
+            go_on()
             digest.update(block)
             try:
                 file.write(block)

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, time, timedelta
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ManifestError
+from ..stopping import go_on
+from ..temporary import temporary_file
 from .formats import DELIMITERS, check_names, read_header
 from .source import Source, StoredFile, opened
 
@@ -78,9 +79,10 @@ def _cells_line(number: int, header: Sequence[str], cells: Sequence[str]) -> byt
 def local_copy(source: Source, digest: "_Hash | None" = None) -> Iterator[Path]:
     """The object's bytes as a temporary file, for readers that seek."""
     raw = StoredFile(source.store, source.key, source.etag, source.size, digest)
-    with tempfile.NamedTemporaryFile(prefix="blip-copy-") as file:
+    with temporary_file("blip-copy-") as file:
         with io.BufferedReader(raw, _COPIED) as stream:
             while block := stream.read(_COPIED):
+                go_on()
                 file.write(block)
         file.flush()
         yield Path(file.name)

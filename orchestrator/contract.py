@@ -71,6 +71,13 @@ class JobSpec(BaseModel):
     weight: float = Field(default=1.0, gt=0, le=1000)  # its share of the workers, against other jobs' weights
     created_at: float  # Unix seconds
 
+    @classmethod
+    def stored(cls, content: object) -> "JobSpec":
+        """One that was kept as JSON. Fields that a later version added are left out. Raises ValidationError."""
+        if isinstance(content, dict):
+            content = {name: value for name, value in content.items() if name in cls.model_fields}
+        return cls.model_validate(content)
+
     def identity(self) -> dict[str, Any]:
         """What must agree for two submissions to be the same work on the same output."""
         return self.model_dump(exclude={"id", "created_at", "max_error_ratio", "weight"})

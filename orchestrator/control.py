@@ -19,7 +19,7 @@ from typing import Final
 
 from .broker import make_celery, publish
 from .contract import JobSpec, JobState
-from .errors import BlipBatchError, JobError, ManifestError, RedisUnavailable, StorageError, UsageError
+from .errors import BlipBatchError, JobError, ManifestError, RedisUnavailable, SpecUnreadable, StorageError, UsageError
 from .finalizer import finalize
 from .jobs import claim_output, complete_job_record
 from .lane import Lane
@@ -69,6 +69,7 @@ class Controller:
         self._celery = make_celery(settings)
         self._specs: dict[str, JobSpec] = {}  # unfinished jobs: what brings them back to a Redis that lost everything
         self._works: dict[str, Work] = {}
+        self._unreadable: set[str] = set()  # jobs that were told of
         self._recorded: set[str] = set()  # jobs whose job.json has the model
         self._paused: set[str] = set()  # as last seen
         self._to_pause: set[str] = set()  # those of them that Redis lost: once they are rebuilt
@@ -146,12 +147,24 @@ class Controller:
                 self._forget(job)
         found = []
         for job in active:
-            spec, state = self.ledger.spec(job), self.ledger.state(job)
+            spec, state = self._spec(job), self.ledger.state(job)
             if spec is not None and state is not None:
                 self._specs[job] = spec
                 found.append((spec, state))
         self._paused = {spec.id for spec, state in found if state.status == "paused"}
         return found
+
+    def _spec(self, job: str) -> JobSpec | None:
+        """None: gone, or not readable, which is told once. It is left alone, for a later version may be at it."""
+        try:
+            spec = self.ledger.spec(job)
+        except SpecUnreadable as error:
+            if job not in self._unreadable:
+                log.error("skipped: %s", error)
+            self._unreadable.add(job)
+            return None
+        self._unreadable.discard(job)
+        return spec
 
     def _forget(self, job: str) -> None:
         self._specs.pop(job, None)

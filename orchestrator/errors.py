@@ -4,6 +4,7 @@ BlipBatchError               base; its text is one line that a user can act on
 ├── UsageError               a command, option or setting that cannot be right
 │   ├── UnknownJob           no job has this id
 │   └── JobConflict          what the job's status forbids, or an output that holds other work
+│       └── SpecUnreadable   a job that another version of blip-batch wrote, or that was damaged
 ├── ManifestError            a manifest that cannot be read as a whole (a bad *row* is a record, not an exception)
 ├── JobError                 a job that cannot go on; `code` is the job's error code
 ├── FetchError               one image that cannot be fetched; `code` is the record's error code
@@ -36,6 +37,12 @@ class UnknownJob(UsageError):  # noqa: N818
 
 class JobConflict(UsageError):  # noqa: N818
     """The job's status does not allow it, or the output belongs to other work."""
+
+
+class SpecUnreadable(JobConflict):
+    """What a user asked for is in Redis, but in words that this version does not know."""
+
+    code: ClassVar[str] = "spec_unreadable"
 
 
 class ManifestError(BlipBatchError):

@@ -36,13 +36,14 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import redis
+from pydantic import ValidationError
 from redis.backoff import ExponentialWithJitterBackoff  # type: ignore[attr-defined,unused-ignore]
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from . import redis_url
 from .contract import Hint, JobSpec, JobState, Progress, Status
-from .errors import JobConflict, JobError, RedisUnavailable
+from .errors import JobConflict, JobError, RedisUnavailable, SpecUnreadable
 from .settings import Settings
 
 QUEUE: Final = "blip"
@@ -157,8 +158,19 @@ class Ledger:
         return sorted(self._ask(lambda: self._redis.smembers("blip:active")))
 
     def spec(self, job: str) -> JobSpec | None:
+        """None: no such job. Raises SpecUnreadable for one that is of another version, or damaged."""
         text = self._ask(lambda: self._redis.hget(_key(job), "spec"))
-        return JobSpec.model_validate_json(text) if text else None
+        try:
+            return JobSpec.stored(json.loads(text)) if text else None
+        except ValidationError as error:
+            first = error.errors()[0]
+            why = f"{'.'.join(map(str, first['loc'])) or 'it'}={str(first['input'])[:40]!r}: {first['msg']}"
+        except ValueError as error:
+            why = str(error)
+        raise SpecUnreadable(
+            f"job {job}: what is in Redis of it cannot be read by this version ({why}); upgrade, or repeat its command "
+            "or `blip-batch recover OUTPUT`"
+        )
 
     def update_spec(self, spec: JobSpec) -> None:
         """For a resubmission that changes no more than the job's limits."""

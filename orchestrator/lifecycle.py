@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from .contract import JobSpec, JobState, Status
-from .errors import JobConflict, UnknownJob
+from .errors import JobConflict, SpecUnreadable, UnknownJob
 from .ledger import Ledger
 from .plan import Plan, load_plan
 from .rounds import begin_round, failures_by_chunk, is_complete, load_rounds
@@ -51,18 +51,19 @@ class Retry:
 def list_jobs(ledger: Ledger, settings: Settings, jobs: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Jobs as `read_status` gives them, but without `errors` and `live_workers`; all known ones, the oldest first."""
     workers = ledger.live_workers()
-    found = ((ledger.spec(job), ledger.state(job)) for job in (ledger.jobs() if jobs is None else jobs))
-    return [_view(ledger, settings, spec, state, workers) for spec, state in found if spec and state]
+    found = (_look(ledger, settings, job, workers) for job in (ledger.jobs() if jobs is None else jobs))
+    return [view for view in found if view is not None]
 
 
 def read_status(ledger: Ledger, settings: Settings, job: str) -> dict[str, Any]:
     """A job as the contract publishes it, and more: round, weight, workers, errors by code, a notice.
 
-    Raises UnknownJob.
+    Of one that another version wrote, and this one cannot read, the notice says so. Raises UnknownJob.
     """
-    spec, state = _known(ledger, job)
     workers = ledger.live_workers()
-    view = _view(ledger, settings, spec, state, workers)
+    view = _look(ledger, settings, job, workers) if _JOB_ID.fullmatch(job) else None
+    if view is None:
+        raise _unknown(job)
     return {**view, "errors": ledger.error_codes(job), "live_workers": workers}
 
 
@@ -160,7 +161,10 @@ def backlog(
     pool = pool_of(workers, own, bool(without))
     left = []
     for job in ledger.active_jobs():
-        spec, state = ledger.spec(job), ledger.state(job)
+        try:
+            spec, state = ledger.spec(job), ledger.state(job)
+        except SpecUnreadable:  # the control loop hands nothing of it out
+            continue
         if spec is None or state is None:
             continue
         at_work = ledger.at_work(job)
@@ -203,13 +207,31 @@ def _known(ledger: Ledger, job: str) -> tuple[JobSpec, JobState]:
         spec, state = ledger.spec(job), ledger.state(job)
         if spec is not None and state is not None:
             return spec, state
-    raise UnknownJob(f"job {job[:80]} is not known; blip-batch list shows those that are")
+    raise _unknown(job)
+
+
+def _unknown(job: str) -> UnknownJob:
+    return UnknownJob(f"job {job[:80]} is not known; blip-batch list shows those that are")
 
 
 def _change(ledger: Ledger, job: str, status: Status, otherwise: str) -> None:
     _, state = _known(ledger, job)
     if not ledger.set_status(job, status):
         raise JobConflict(f"job {job} is {state.status}: {otherwise}")
+
+
+def _look(ledger: Ledger, settings: Settings, job: str, workers: Workers) -> dict[str, Any] | None:
+    """A job as it is shown; None: no such job."""
+    state, unreadable = ledger.state(job), None
+    try:
+        spec = ledger.spec(job)
+    except SpecUnreadable as error:
+        blank = dict.fromkeys(("task", "model", "manifest", "output"), "unknown")
+        spec, unreadable = JobSpec.model_construct(id=job, **blank, created_at=0.0), str(error)  # type: ignore[arg-type]
+    if spec is None or state is None:
+        return None
+    view = _view(ledger, settings, spec, state, workers)
+    return view if unreadable is None else {**view, "notice": unreadable}
 
 
 def _view(

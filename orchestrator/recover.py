@@ -38,7 +38,7 @@ def recover(output: str, settings: Settings | None = None) -> Recovered:
     if record is None:
         raise UsageError(f"{output} holds no job: there is no job.json")
     try:
-        spec = JobSpec.model_validate(record["spec"])
+        spec = JobSpec.stored(record["spec"])
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{store.uri('job.json')}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -92,7 +92,7 @@ class Routes:
         """Idempotent: the id is made of what is asked for, so the same body again goes on with the same job."""
         check_remote(submission.manifest, submission.output, submission.model, self._settings)
         spec = make_spec(**submission.model_dump())
-        known = self._ledger.spec(spec.id) is not None
+        known = self._ledger.state(spec.id) is not None
         job = submit(self._ledger, spec, self._settings)
         response.status_code = 200 if known else 201
         response.headers["Location"] = f"/v1/jobs/{job}"

@@ -361,3 +361,33 @@ def test_retry_of_a_job_whose_rows_all_failed(settings: Settings, controller: Co
     state = advance(controller, spec.id, ended, worker)
     assert (state.status, state.completed, state.failed, state.error) == ("completed", 20, 5, None)
     assert verify(str(tmp_path / "out")).ok
+
+
+def test_a_job_of_another_version_stops_no_other(
+    settings: Settings, controller: Controller, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a rolling upgrade, or back: a field more is left out, and what cannot be read is skipped."""
+    ledger, worker, manifest = controller.ledger, MiniWorker(settings), write_manifest(tmp_path, 20)
+    later, odd, broken, job = (
+        submit(ledger, caption_spec(manifest, tmp_path / name), settings) for name in ("later", "odd", "broken", "job")
+    )
+    for name, change in ((later, {"priority": 7}), (odd, {"task": "segment"})):
+        stored = json.loads(ledger._redis.hget(f"blip:job:{name}", "spec"))
+        ledger._redis.hset(f"blip:job:{name}", "spec", json.dumps(stored | change))
+    ledger._redis.hset(f"blip:job:{broken}", "spec", "{")
+    for name in (job, later):
+        assert advance(controller, name, ended, worker).status == "completed"
+    views = {view["id"]: view for view in lifecycle.list_jobs(ledger, settings)}
+    assert {name: view["status"] for name, view in views.items()} == {
+        later: "completed", odd: "validating", broken: "validating", job: "completed",
+    }  # fmt: skip
+    assert lifecycle.read_status(ledger, settings, odd)["notice"] == views[odd]["notice"]
+    assert "cannot be read by this version (task='segment'" in views[odd]["notice"]
+    assert "recover OUTPUT" in views[broken]["notice"]
+    assert lifecycle.backlog(ledger, settings).chunks == 0
+    with pytest.raises(UsageError, match="cannot be read by this version"):
+        lifecycle.retry(ledger, settings, odd)
+    for name in (odd, broken):
+        assert sum(f"job {name}: what is in Redis" in line for line in caplog.messages) == 1
+    submit(ledger, caption_spec(manifest, tmp_path / "odd"), settings)  # the same command again
+    assert advance(controller, odd, ended, worker).status == "completed"

@@ -42,6 +42,7 @@ _STEP_SECONDS: Final = 2.0  # a job that takes longer is not waited for
 #: Jobs that are fed at once, and jobs that are planned or summed up at once. They mostly wait for their stores; a plan
 #: that is made holds some dozens of MB.
 _WORKING, _PLANNING = 32, 12
+_FORGET_SECONDS: Final = 60.0  # between two looks for jobs that ended long ago
 _BATCH: Final = 500  # chunks named in one call of a script
 _SPEED_SECONDS: Final = 30.0  # over which a job's speed is averaged
 
@@ -76,7 +77,7 @@ class Controller:
         self._stop, self._closed = threading.Event(), False
         self._work_lane = Lane(_WORKING, "work", self._stopping)
         self._slow_lane = Lane(_PLANNING, "plan-and-finalize", self._stopping)
-        self._next_reconcile = 0.0
+        self._next_reconcile = self._next_forget = 0.0
         self.stepped_at = monotonic()  # when it last was sure to go on: what tells that it is alive
 
     def run(self, stop: threading.Event) -> None:
@@ -117,6 +118,7 @@ class Controller:
         jobs = self._unfinished()
         this = self._new_step(epoch, jobs)
         try:
+            self._forget_ended(epoch)
             begun = [self._advance(spec, state, this) for spec, state in jobs]
             self._await({task for task in begun if task is not None}, epoch)
         except StaleEpochError:
@@ -171,6 +173,12 @@ class Controller:
         self._works.pop(job, None)
         self._recorded.discard(job)
         self._to_pause.discard(job)
+
+    def _forget_ended(self, epoch: str) -> None:
+        if monotonic() >= self._next_forget:
+            self._next_forget = monotonic() + _FORGET_SECONDS
+            if count := self.ledger.forget_ended(epoch, self.settings.job_retention_seconds):
+                log.info("%d jobs ended long ago; Redis knows of them no more", count)
 
     def _new_step(self, epoch: str, jobs: Sequence[tuple[JobSpec, JobState]]) -> Step:
         working = [(spec, state) for spec, state in jobs if state.status == "in_progress"]
@@ -303,7 +311,9 @@ class Controller:
         plan = make_plan(spec, store, self.settings, chunk_rows_for(speed))
         work = Work(plan, load_rounds(plan))
         self._works[spec.id] = work
-        self._restore(spec.id, epoch, work)
+        found = self._restore(spec.id, epoch, work)
+        if not found and not work.rounds and not record.get("model"):  # a new output, or one that was removed
+            self.ledger.any_model(spec.id, epoch)
         if record.get("model"):
             self.ledger.report_model(spec.id, record["model"])
         state = self.ledger.state(spec.id)
@@ -314,9 +324,9 @@ class Controller:
             self.ledger.set_status(spec.id, "paused", epoch=epoch)
             self._to_pause.discard(spec.id)
 
-    def _restore(self, job: str, epoch: str, work: Work) -> None:
-        """Tells the ledger what there is to do, and what of it storage holds already."""
-        plan, number = work.plan, work.number
+    def _restore(self, job: str, epoch: str, work: Work) -> int:
+        """Tells the ledger what there is to do, and what of it storage holds already: so many parts."""
+        plan, number, restored = work.plan, work.number, 0
         self.ledger.reset(job, epoch, plan.hash, plan.chunks, plan.rows, number)
         if work.rounds:
             to_do = iter(zip(work.rounds[-1].chunks, work.rounds[-1].rows, strict=True))
@@ -327,6 +337,8 @@ class Controller:
         while found := [counts(part) for part in islice(parts, _BATCH)]:
             go_on()
             self.ledger.mark(job, epoch, plan.hash, found, number)
+            restored += len(found)
+        return restored
 
     def _finalize(self, spec: JobSpec, epoch: str) -> None:
         """finalizing → completed or failed; back to validating when parts are missing after all."""

@@ -15,7 +15,7 @@ and timed by Redis's own clock. Keys, for a job <id>:
                                      rate, rate_weight, rate_rows, rate_at (ms): rows/s as a moving average,
                                      progress_at (ms): when rows were last seen to be more than before,
                                      worker_seconds (spent on it)
-    blip:job:<id>:done         BITMAP  a bit per chunk: its part is in storage and counted
+    blip:job:<id>:done         BITMAP  a bit per chunk: its part is in storage and counted; none once it is completed
     blip:job:<id>:inflight     ZSET  chunk -> deadline (ms): handed out, leased or not; overdue ones are looked after
     blip:job:<id>:leases       HASH  chunk -> "fence deadline rows worker"; kept after its deadline, until someone
                                      takes the chunk over, as the trace of a dead worker
@@ -23,6 +23,7 @@ and timed by Redis's own clock. Keys, for a job <id>:
     blip:job:<id>:cursor       HASH  chunk -> row that its worker is at, when it goes row by row
     blip:job:<id>:blame        HASH  "chunk:row" -> workers that died at this row
     blip:job:<id>:codes        HASH  error code -> rows
+      What only a job at work needs goes with its end; all of the job BLIP_JOB_RETENTION_SECONDS later (lua/forget.lua).
     blip:speeds                HASH  "task model" -> rows/s of one lease
     blip:totals                HASH  rows_done (by commits), requeued, found (chunks): counters of all jobs
     blip                       LIST  the Celery queue (`broker`); only its length is read here
@@ -47,6 +48,7 @@ from .errors import JobConflict, JobError, RedisUnavailable, SpecUnreadable
 from .settings import Settings
 
 QUEUE: Final = "blip"
+_FORGET_BATCH: Final = 500  # jobs looked at in one call of the script
 
 #: status -> statuses it may follow
 _FROM: Final[Mapping[Status, tuple[Status, ...]]] = {
@@ -178,7 +180,7 @@ class Ledger:
 
     def state(self, job: str) -> JobState | None:
         fields: dict[str, str] = self._ask(lambda: self._redis.hgetall(_key(job)))
-        return _state(job, fields) if fields else None
+        return _state(job, fields) if "status" in fields else None
 
     def set_status(self, job: str, status: Status, *, epoch: str = "", error: Mapping[str, str] | None = None) -> bool:
         """False: the job is not in a status that may become this one. Raises StaleEpochError."""
@@ -259,6 +261,19 @@ class Ledger:
         In a round after the first, `open` then says what there is to do.
         """
         self._fresh(self._run("reset", job, epoch, plan, chunks, rows, round_number))
+
+    def any_model(self, job: str, epoch: str) -> None:
+        """Storage holds nothing of the job: the model that was reported before counts no more."""
+        self._fresh(self._run("anew", job, epoch))
+
+    def forget_ended(self, epoch: str, seconds: float) -> int:
+        """Forgets the jobs that ended so long ago; how many."""
+        total = skip = 0
+        while True:
+            looked, forgotten = self._fresh(self._run("forget", epoch, int(seconds * 1000), skip, _FORGET_BATCH))
+            total, skip = total + forgotten, skip + looked - forgotten
+            if looked < _FORGET_BATCH:
+                return total
 
     def open(self, job: str, epoch: str, plan: str, round_number: int, chunks: Iterable[tuple[int, int]]) -> None:
         """(chunk, rows) that this round is about."""

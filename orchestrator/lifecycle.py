@@ -211,7 +211,10 @@ def _known(ledger: Ledger, job: str) -> tuple[JobSpec, JobState]:
 
 
 def _unknown(job: str) -> UnknownJob:
-    return UnknownJob(f"job {job[:80]} is not known; blip-batch list shows those that are")
+    return UnknownJob(
+        f"job {job[:80]} is not known; blip-batch list shows those that are, and `blip-batch recover OUTPUT` brings "
+        "back one that ended long ago"
+    )
 
 
 def _change(ledger: Ledger, job: str, status: Status, otherwise: str) -> None:

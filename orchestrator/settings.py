@@ -21,6 +21,8 @@ class Settings(BaseSettings):
     reconcile_seconds: float = Field(default=15, gt=0)  # how often lost chunks are looked for
     poll_seconds: float = Field(default=0.5, gt=0)  # pause between two steps of the control loop
     lead_seconds: float = Field(default=10, gt=0)  # a silent control loop is replaced after this long
+    # What Redis knows of a job that ended is dropped after this long; `recover` brings it back from its output.
+    job_retention_seconds: float = Field(default=30 * 86_400, gt=0, le=1e10)
     max_attempts: int = Field(default=6, ge=1)  # starts of a chunk, before its unfinished rows get error records
 
     # The HTTP API of an orchestrator, and where commands and clients find it.

@@ -35,6 +35,11 @@ local function bury(job, chunk)
   redis.call('HDEL', job .. ':leases', chunk)
 end
 
+-- Drops what only a job at work needs.
+local function drop_work(job)
+  for _, part in ipairs({':inflight', ':leases', ':attempts', ':cursor', ':blame'}) do redis.call('DEL', job .. part) end
+end
+
 -- Whether the job is at this round of this plan.
 local function is_round(job, plan, round)
   local at = redis.call('HMGET', job, 'plan', 'round')
@@ -47,6 +52,7 @@ local function mark_done(job, chunk, completed, failed, codes)
   redis.call('HDEL', job .. ':attempts', chunk)
   redis.call('HDEL', job .. ':cursor', chunk)
   redis.call('ZREM', job .. ':inflight', chunk)
+  if redis.call('HGET', job, 'status') == 'completed' then return 0 end -- it has all, and its bits are gone
   if redis.call('SETBIT', job .. ':done', chunk, 1) == 1 then return 0 end
   redis.call('HINCRBY', job, 'chunks_done', 1)
   redis.call('HINCRBY', job, 'completed', completed)

@@ -1,6 +1,6 @@
 -- job, spec, output -> 1 created, 0 known already, or the id of another job that is at work on this output
 local job = job_key(ARGV[1])
-if redis.call('EXISTS', job) == 1 then return 0 end
+if redis.call('HEXISTS', job, 'status') == 1 then return 0 end
 local other = redis.call('HGET', 'blip:outputs', ARGV[3])
 if other and other ~= ARGV[1] then
   local status = redis.call('HGET', job_key(other), 'status')

@@ -32,6 +32,9 @@ else
 end
 if new == 'completed' or new == 'failed' or new == 'cancelled' then
   redis.call('SREM', 'blip:active', ARGV[1])
+  drop_work(job)
+  -- Of one that stopped, late parts may still be counted, once.
+  if new == 'completed' then redis.call('DEL', job .. ':done') end
 else
   redis.call('SADD', 'blip:active', ARGV[1])
 end

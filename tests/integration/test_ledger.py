@@ -309,3 +309,50 @@ def test_scripts_survive_their_loss(redis_server: RedisServer, ledger: Ledger) -
     admin.script_flush()
     admin.close()
     lease_of(ledger)
+
+
+def keys(ledger: Ledger) -> set[str]:
+    return {key.removeprefix("blip:job:") for key in ledger._redis.keys("blip:job:*")}
+
+
+def test_a_job_that_ended_keeps_only_what_is_told_of_it(ledger: Ledger) -> None:
+    begin(ledger, chunks=2)
+    assert ledger.commit(replace(HINT, chunk=0), 10, 0)
+    lease = lease_of(ledger, hint=replace(HINT, chunk=1))
+    assert ledger.blame(lease, 12)
+    assert keys(ledger) == {
+        "job-1",
+        *(f"job-1:{name}" for name in ("done", "inflight", "leases", "attempts", "cursor")),
+    }
+    assert ledger.commit(lease, 9, 1, "crashed=1")
+    ledger.set_status("job-1", "finalizing")
+    ledger.set_status("job-1", "completed")
+    assert keys(ledger) == {"job-1", "job-1:codes"}
+    assert not ledger.commit(lease, 9, 1, "crashed=1")  # late, and counted before
+    state = ledger.state("job-1")
+    assert state is not None
+    assert (state.completed, state.failed, state.chunks_done) == (19, 1, 2)
+
+
+def test_jobs_that_ended_long_ago_are_forgotten(ledger: Ledger) -> None:
+    epoch = ledger.lead("me", 60)
+    assert epoch is not None
+    for name in ("job-1", "job-2", "job-3", "job-4"):
+        assert ledger.create_job(spec(name, f"/{name}"))
+    ledger._redis.hset("blip:job:job-4", "spec", "{")
+    for name in ("job-1", "job-3", "job-4"):
+        ledger.set_status(name, "failed")
+    assert ledger.forget_ended(epoch, 60) == 0
+    time.sleep(0.3)
+    ledger.set_status("job-3", "validating")
+    ledger.set_status("job-3", "failed")  # again, only just
+    assert ledger.forget_ended(epoch, 0.25) == 2
+    assert ledger.jobs() == ["job-2", "job-3"]
+    assert keys(ledger) == {"job-2", "job-3"}
+    assert sorted(ledger._redis.hkeys("blip:outputs")) == ["/job-2", "/job-3", "/job-4"]  # the last one's is not known
+    assert ledger.report_model("job-1", {"weights_sha256": "aa"})  # a worker that comes late
+    assert ledger.state("job-1") is None
+    assert keys(ledger) == {"job-2", "job-3"}
+    assert ledger.create_job(spec("job-1", "/job-1"))
+    with pytest.raises(StaleEpochError):
+        ledger.forget_ended("1", 0)

@@ -2,20 +2,24 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import FAST
 from harness import advance, caption_spec, ended, write_manifest
 from mini_worker import MiniWorker
 from servers import RedisServer, S3Server
 from system import Cluster, simple_job
 from test_cli import blip_batch, one_line_error
 
+from orchestrator import lifecycle
 from orchestrator.control import Controller
+from orchestrator.errors import UnknownJob
 from orchestrator.jobs import submit
 from orchestrator.recover import recover
-from orchestrator.settings import Settings
+from orchestrator.settings import Settings, load_settings
 from orchestrator.storage import open_store
 from orchestrator.verify import verify
 
@@ -95,3 +99,23 @@ def test_mistakes(settings: Settings, controller: Controller, tmp_path: Path) ->
     (tmp_path / "out/job.json").write_text("[]")
     one_line_error(blip_batch("recover", tmp_path / "out"), "is no job of ours")
     one_line_error(blip_batch("recover", tmp_path / "copy", BLIP_REDIS_URL="redis://127.0.0.1:1/0"), "is a copy")
+
+
+def test_a_job_that_was_forgotten(redis_server: RedisServer, tmp_path: Path) -> None:
+    settings = load_settings(**FAST, job_retention_seconds=0.2)
+    controller, worker = Controller(settings), MiniWorker(settings)
+    spec = caption_spec(write_manifest(tmp_path, 20, lambda n: n == 3), tmp_path / "out")
+    job = submit(controller.ledger, spec, settings)
+    advance(controller, job, ended, worker)
+    time.sleep(0.3)
+    controller._next_forget = 0.0
+    controller.step()
+    with pytest.raises(UnknownJob, match="recover OUTPUT"):
+        lifecycle.read_status(controller.ledger, settings, job)
+    assert recover(str(tmp_path / "out"), settings).complete
+    advance(controller, job, ended)
+    assert len(worker.worked) == 20
+    assert lifecycle.retry(controller.ledger, settings, job).rows == 1
+    assert advance(controller, job, ended, worker).completed == 19
+    assert verify(str(tmp_path / "out")).ok
+    controller.close()

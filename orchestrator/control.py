@@ -19,7 +19,16 @@ from typing import Final
 
 from .broker import make_celery, publish
 from .contract import JobSpec, JobState
-from .errors import BlipBatchError, JobError, ManifestError, RedisUnavailable, SpecUnreadable, StorageError, UsageError
+from .errors import (
+    BlipBatchError,
+    JobConflict,
+    JobError,
+    ManifestError,
+    RedisUnavailable,
+    SpecUnreadable,
+    StorageError,
+    UsageError,
+)  # fmt: skip
 from .finalizer import finalize
 from .jobs import claim_output, complete_job_record
 from .lane import Lane
@@ -113,9 +122,9 @@ class Controller:
         What asks a store happens in threads: the lead must be kept, and other jobs go on, while one waits for its own.
         """
         epoch = self.ledger.lead(self.owner, self.settings.lead_seconds)
+        jobs = self._unfinished(epoch is not None)
         if epoch is None:
             return False
-        jobs = self._unfinished()
         this = self._new_step(epoch, jobs)
         try:
             self._forget_ended(epoch)
@@ -136,25 +145,37 @@ class Controller:
             if tasks and self.ledger.lead(self.owner, self.settings.lead_seconds) != epoch:
                 raise StaleEpochError
 
-    def _unfinished(self) -> list[tuple[JobSpec, JobState]]:
-        """Jobs that have not ended. Those that Redis lost are created again, and rebuilt from storage like new ones."""
+    def _unfinished(self, leading: bool = True) -> list[tuple[JobSpec, JobState]]:
+        """Jobs that have not ended. Those that Redis lost are created again, and rebuilt from storage like new ones.
+
+        One that does not lead only remembers them: it may be the one that is left, and must not bring back what ended.
+        """
         active = self.ledger.active_jobs()
         for job in set(self._specs) - set(active):
-            if self.ledger.state(job) is None:
-                log.warning("%s: Redis lost this job; rebuilding it from storage", job)
-                self.ledger.create_job(self._specs[job])
-                active.append(job)
-                self._to_pause |= {job} & self._paused
-            else:
+            if self.ledger.state(job) is not None:
                 self._forget(job)
+            elif leading and self._create_again(job):
+                active.append(job)
         found = []
         for job in active:
             spec, state = self._spec(job), self.ledger.state(job)
             if spec is not None and state is not None:
                 self._specs[job] = spec
                 found.append((spec, state))
-        self._paused = {spec.id for spec, state in found if state.status == "paused"}
+        lost = set(self._specs) - set(active)  # where another loop leads, which is about to create them again
+        self._paused = {spec.id for spec, state in found if state.status == "paused"} | (self._paused & lost)
         return found
+
+    def _create_again(self, job: str) -> bool:
+        try:
+            self.ledger.create_job(self._specs[job])
+        except JobConflict as error:  # another job was quicker to take the output
+            log.warning("%s: Redis lost this job, and it is not brought back: %s", job, error)
+            self._forget(job)
+            return False
+        log.warning("%s: Redis lost this job; rebuilding it from storage", job)
+        self._to_pause |= {job} & self._paused
+        return True
 
     def _spec(self, job: str) -> JobSpec | None:
         """None: gone, or not readable, which is told once. It is left alone, for a later version may be at it."""

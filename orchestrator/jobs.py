@@ -158,8 +158,8 @@ def submit(ledger: Ledger, spec: JobSpec, settings: Settings) -> str:
         ledger.update_spec(spec)
         state = ledger.state(spec.id)
         removed = record is None and state is not None and state.status == "completed"
-        if removed or (state is not None and state.status in {"failed", "cancelled", "paused"}):
-            ledger.set_status(spec.id, "validating")
+        if state is not None and (removed or state.status in {"failed", "cancelled", "paused"}):
+            ledger.set_status(spec.id, "validating", since=state.status)
     return spec.id
 
 

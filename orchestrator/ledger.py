@@ -182,10 +182,17 @@ class Ledger:
         fields: dict[str, str] = self._ask(lambda: self._redis.hgetall(_key(job)))
         return _state(job, fields) if "status" in fields else None
 
-    def set_status(self, job: str, status: Status, *, epoch: str = "", error: Mapping[str, str] | None = None) -> bool:
-        """False: the job is not in a status that may become this one. Raises StaleEpochError."""
+    def set_status(
+        self, job: str, status: Status, *, epoch: str = "", error: Mapping[str, str] | None = None,
+        since: Status | None = None,
+    ) -> bool:  # fmt: skip
+        """False: the job is not in a status that may become this one. Raises StaleEpochError.
+
+        `since`: the one that the caller saw; of two who saw it at once, one succeeds.
+        """
         text = json.dumps(dict(error)) if error else ""
-        return bool(self._fresh(self._run("status", job, epoch, status, text, *_FROM[status])))
+        allowed = [old for old in _FROM[status] if since in {None, old}]
+        return bool(self._fresh(self._run("status", job, epoch, status, text, *allowed)))
 
     def progress(self, job: str) -> Progress | None:
         state = self.state(job)

@@ -81,9 +81,9 @@ def resume(ledger: Ledger, job: str) -> None:
     """Goes on with a job that is paused, cancelled or failed, from its finished parts. Raises JobConflict."""
     _, state = _known(ledger, job)
     if state.status == "paused":
-        _change(ledger, job, "in_progress", "it is not paused")
+        _change(ledger, job, "in_progress", "it is not paused", state)
     elif state.status in {"failed", "cancelled"}:
-        _change(ledger, job, "validating", "it is at work")
+        _change(ledger, job, "validating", "it is at work", state)
     else:
         raise JobConflict(f"job {job} is {state.status}: only one that is paused, cancelled or failed can be resumed")
 
@@ -100,7 +100,7 @@ def retry(ledger: Ledger, settings: Settings, job: str) -> Retry:
     begun = next_round(spec, settings)
     if begun is None:
         raise JobConflict(f"job {job}: every row has a result, there is nothing to retry")
-    _change(ledger, job, "validating", "it is at work again")
+    _change(ledger, job, "validating", "it is at work again", state)
     return begun
 
 
@@ -217,9 +217,11 @@ def _unknown(job: str) -> UnknownJob:
     )
 
 
-def _change(ledger: Ledger, job: str, status: Status, otherwise: str) -> None:
-    _, state = _known(ledger, job)
-    if not ledger.set_status(job, status):
+def _change(ledger: Ledger, job: str, status: Status, otherwise: str, seen: JobState | None = None) -> None:
+    """`seen`: what the decision was made on; someone else may have changed the job since."""
+    _known(ledger, job)
+    if not ledger.set_status(job, status, since=None if seen is None else seen.status):
+        _, state = _known(ledger, job)
         raise JobConflict(f"job {job} is {state.status}: {otherwise}")
 
 

@@ -1,0 +1,111 @@
+"""Control loops that take over from each other, and jobs that several people change at once."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import FAST
+from harness import advance, caption_spec, ended, write_manifest
+from mini_worker import MiniWorker
+from servers import RedisServer
+
+from orchestrator import lifecycle
+from orchestrator.control import Controller
+from orchestrator.errors import JobConflict
+from orchestrator.jobs import submit
+from orchestrator.settings import Settings, load_settings
+
+
+def follow(leader: Controller, other: Controller) -> None:
+    """`leader` keeps the lead while the other one looks."""
+    assert leader.step()
+    assert not other.step()
+
+
+def test_a_loop_that_led_once_does_not_bring_back_what_was_cancelled(redis_server: RedisServer, tmp_path: Path) -> None:
+    settings = load_settings(**{**FAST, "lead_seconds": 5.0})
+    first, second = Controller(settings), Controller(settings)
+    gone, kept = (
+        submit(first.ledger, caption_spec(write_manifest(tmp_path, 20), tmp_path / name), settings)
+        for name in ("gone", "kept")
+    )
+    advance(first, kept, lambda state: state.status == "in_progress")
+    lifecycle.pause(first.ledger, kept)
+    follow(first, second)
+    redis_server.client().hset("blip:control", "deadline", 0)  # as if the first had been silent
+    lifecycle.cancel(second.ledger, gone)
+    advance(second, gone, ended)
+    lifecycle.resume(second.ledger, kept)
+    follow(second, first)
+    redis_server.client().flushall()
+    advance(first, kept, ended, MiniWorker(settings))  # neither paused nor lost
+    assert first.ledger.jobs() == [kept]
+    first.close()
+    second.close()
+
+
+def test_a_loop_that_never_led_rebuilds_what_it_saw(redis_server: RedisServer, tmp_path: Path) -> None:
+    settings = load_settings(**{**FAST, "lead_seconds": 5.0})
+    first, second = Controller(settings), Controller(settings)
+    job = submit(first.ledger, caption_spec(write_manifest(tmp_path, 20), tmp_path / "out"), settings)
+    follow(first, second)
+    first.close()
+    redis_server.client().flushall()
+    assert advance(second, job, ended, MiniWorker(settings)).status == "completed"
+    second.close()
+
+
+def test_a_lost_job_whose_output_was_taken_meanwhile(
+    redis_server: RedisServer, settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    manifest = write_manifest(tmp_path, 20)
+    first = caption_spec(manifest, tmp_path / "out")
+    other = caption_spec(manifest, tmp_path / "out", options={"num_beams": 1})
+    advance(controller, submit(controller.ledger, first, settings), lambda state: state.status == "in_progress")
+    redis_server.client().flushall()
+    assert controller.ledger.create_job(other)
+    state = advance(controller, other.id, ended)  # the output says whose it is
+    assert state.error is not None
+    assert state.error["code"] == "output_taken"
+    assert controller.ledger.jobs() == [other.id]
+
+
+def test_of_two_who_resume_at_once_one_does(
+    settings: Settings, controller: Controller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, worker = controller.ledger, MiniWorker(settings)
+    spec = caption_spec(write_manifest(tmp_path, 60), tmp_path / "out")
+    job = submit(ledger, spec, settings)
+    advance(controller, job, lambda state: state.chunks_done == 2, worker)
+    ledger.set_status(job, "failed")
+    seen = ledger.state(job)
+    lifecycle.resume(ledger, job)
+    advance(controller, job, lambda state: state.status == "in_progress")
+    other = MiniWorker(settings).ledger
+    monkeypatch.setattr(other, "state", lambda _: seen)  # the second one looked before the first one acted
+    with pytest.raises(JobConflict, match="it is at work"):
+        lifecycle.resume(other, job)
+    with pytest.raises(JobConflict, match="it is at work"):
+        lifecycle.retry(other, settings, job)
+    submit(other, spec, settings)
+    state = ledger.state(job)
+    assert state is not None
+    assert state.status == "in_progress"
+
+
+def test_a_removed_output_may_be_done_with_another_model(
+    settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    ledger, worker = controller.ledger, MiniWorker(settings)
+    spec = caption_spec(write_manifest(tmp_path, 20), tmp_path / "out")
+    job = submit(ledger, spec, settings)
+    advance(controller, job, lambda state: state.chunks_done == 1, worker)
+    ledger.set_status(job, "failed")
+    lifecycle.resume(ledger, job)
+    advance(controller, job, lambda state: state.status == "in_progress")
+    assert not ledger.report_model(job, {"weights_sha256": "e" * 64})  # some of its results are another one's
+    advance(controller, job, ended, worker)
+    shutil.rmtree(tmp_path / "out")
+    submit(ledger, spec, settings)
+    advance(controller, job, lambda state: state.status == "in_progress")
+    assert ledger.report_model(job, {"weights_sha256": "e" * 64})

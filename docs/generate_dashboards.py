@@ -181,7 +181,7 @@ ENGINE: Final = (
          ("sum(increase(blip_engine_oom_splits_total{N}[R]))", "halved batches")],
     ),
     Panel(
-        "Since a worker last moved", "Since it loaded an image, ran a batch, or dealt with a hint.",
+        "Since a worker last moved", "Since a row was done of the chunk that stands still.",
         [("time() - blip_last_progress_timestamp_seconds{N}", "{{instance}}")], "s",
     ),
     Panel("Chunks in hand", "By worker.", [("blip_worker_chunks{N}", "{{instance}}")]),

@@ -103,6 +103,8 @@ class Supervisor:
         self._wake()
         if self._thread.is_alive():
             self._thread.join()
+        else:  # it never started, or has closed them itself
+            self._close_files()
 
     def _main(self) -> None:
         # Children are spawned here too, because Linux ties "die with parent" to the spawning thread.
@@ -119,9 +121,12 @@ class Supervisor:
             self._broken(f"the thread of the {self._thread.name} failed: {error!r}")
         finally:
             self._shut()
-            self._selector.close()
-            self._wake_read.close()
-            self._wake_write.close()
+            self._close_files()
+
+    def _close_files(self) -> None:
+        self._selector.close()
+        self._wake_read.close()
+        self._wake_write.close()
 
     def _serve(self) -> None:
         for key, _ in self._selector.select(self.TICK):

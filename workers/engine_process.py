@@ -94,6 +94,7 @@ class EngineProcess(Supervisor):
         self._heard = 0.0  # when the process last gave an answer, or got work after being idle
         self._last_id = 0
         self.restarts = 0
+        self.loads = 0  # that ended, well or not
         self.started = threading.Event()  # the process is up: its imports and its device work
 
     @property
@@ -106,6 +107,11 @@ class EngineProcess(Supervisor):
     def queued(self) -> int:
         """Images, with their texts, that it holds or that wait for it."""
         return len(self._held) + len(self._suspects) + len(self._waiting)
+
+    @property
+    def loading(self) -> bool:
+        """It starts, or loads checkpoints (in a new process those of the old one too): runs wait, whoever's."""
+        return not self._ready or bool(self._pending_loads)
 
     def load_model(self, model: str, task: Task) -> "Future[Checkpoint]":
         """Make a checkpoint resident: or CheckpointError (in the future)."""
@@ -209,6 +215,7 @@ class EngineProcess(Supervisor):
 
     def _settle_load(self, kind: str, name: str, content: Any) -> None:
         self._pending_loads.discard(name)
+        self.loads += 1
         loading = self._loads[name]
         if kind == "loaded":
             loading.settle(content)

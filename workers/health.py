@@ -1,8 +1,8 @@
 """Whether this worker is alive, which means that it consumes, and whether it is ready. For probes: see `metrics`.
 
 A process that answers may still be useless: hung over a row, or deaf to its queue after a connection that half closed.
-So it is unwell when work in hand does not move for longer than its own watchdogs would allow, or when hints wait and an
-idle thread takes none. What a restart cannot mend (Redis or the store away, a slow download of a model) is no reason.
+So it is unwell when a chunk in hand stands still for longer than its own watchdogs would allow, or when hints wait and
+an idle thread takes none. What a restart cannot mend (Redis or the store away, a model's slow download) is no reason.
 """
 
 import logging
@@ -29,7 +29,7 @@ class Health:
         """`clock`: seconds; another one for tests."""
         self._worker, self._settings, self._clock = worker, settings, clock
         self._consuming = False
-        self._moved: tuple[object, float] = None, clock()  # the state of the work in hand, and since when it is so
+        self._engine: tuple[tuple[bool, int, int] | None, float] = None, clock()  # what it is at, and since when
         self._passed_over: tuple[int, float] | None = None  # hints taken when some began to wait, and when that was
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._main, name="health", daemon=True)
@@ -61,15 +61,22 @@ class Health:
         return self._stuck() or self._deaf()
 
     def _stuck(self) -> str | None:
-        held = self._worker.held()
-        state = self._worker.hints_taken, tuple((one.started, one.rows_done, one.loading) for one in held)
-        if not held or state != self._moved[0]:
-            self._moved = state, self._clock()
-            return None
-        still = self._clock() - self._moved[1]
-        if still < self._patience(loading=all(one.loading for one in held)):
-            return None
-        return f"no row of {len(held)} chunks in hand was done for {still:.0f} s"
+        loading, since = self._watch_engine()
+        now, patience = self._clock(), self._patience(loading)
+        still = [now - max(one.moved, since) for one in self._worker.held()]
+        if still and min(still) >= patience:
+            return f"no row of {len(still)} chunks in hand was done for {min(still):.0f} s"
+        if still and max(still) >= patience * len(still):  # its images may be in the line behind those of the others
+            return f"no row of a chunk in hand was done for {max(still):.0f} s, while others moved"
+        return None
+
+    def _watch_engine(self) -> tuple[bool, float]:
+        """Whether it loads, and since when what waits for it has to be done: since a load's end or its replacement."""
+        engine = self._worker.engine
+        state = engine.loading, engine.loads, engine.restarts
+        if state != self._engine[0]:
+            self._engine = state, self._clock()
+        return state[0], self._engine[1]
 
     def _patience(self, loading: bool) -> float:
         """Longer than the worker's own watchdogs need to end what hangs."""
@@ -92,7 +99,8 @@ class Health:
                 _log.exception("the queue was not looked at")
 
     def look(self) -> None:
-        """Notes whether hints wait that an idle thread of this worker could take."""
+        """Notes what the engine is at, and whether hints wait that an idle thread of this worker could take."""
+        self._watch_engine()
         taken = self._worker.hints_taken
         idle = len(self._worker.held()) < self._settings.worker_threads
         try:

@@ -20,15 +20,20 @@ _PRESENCE_SECONDS: Final = 5.0
 
 @dataclass(slots=True)
 class Held:
-    """A lease in hand. The chunk's thread counts `rows_done` and asks `lost`; the keeper does the rest."""
+    """A lease in hand. The chunk's thread tells of rows `done` and asks `lost`; the keeper does the rest."""
 
     lease: Lease
     deadline: float  # by our monotonic clock, from before the lease was asked for: never later than Redis's
     renew_seconds: float
     rows_done: int = 0
-    loading: bool = False  # waits for the model, which may be downloaded
     refused: bool = False  # Redis gave it to someone else, or the job is not to go on
     started: float = field(default_factory=time.monotonic)
+    moved: float = field(default_factory=time.monotonic)  # when a row of it was last done; at first, when it began
+
+    def done(self, rows: int) -> None:
+        """So many of its rows are done by now."""
+        if rows != self.rows_done:
+            self.rows_done, self.moved = rows, time.monotonic()
 
     @property
     def lost(self) -> bool:

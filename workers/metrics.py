@@ -85,7 +85,8 @@ FAMILIES: Final = (
     Family("blip_gpu_memory_used_bytes", "gauge", "Memory of the GPU that is in use, by anyone (NVML)."),
     Family(
         "blip_last_progress_timestamp_seconds", "gauge",
-        "When an image was last loaded, a batch run, or a hint dealt with (Unix time); at first, when it began.",
+        "When a row was last done of the chunk in hand that stands still for longest (Unix time); with none in hand, "
+        "when an image was last loaded, a batch run, or a hint dealt with; at first, when it began.",
     ),
     Family(
         "blip_worker_info", "gauge",
@@ -108,7 +109,9 @@ class WorkerMetrics:
 
     def __init__(self, settings: Settings) -> None:
         #: What is asked for at a scrape, by the metric's name.
-        self.sources: dict[str, Callable[[], float]] = {"blip_last_progress_timestamp_seconds": lambda: self._progress}
+        self.sources: dict[str, Callable[[], float]] = {"blip_last_progress_timestamp_seconds": lambda: self.last_event}
+        #: When an image was last loaded, a batch run, or a hint dealt with (Unix time).
+        self.last_event = time.time()
         self.registry = CollectorRegistry()
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series, and tell what resets tell
         self._counters: dict[str, Counter] = {}
@@ -125,7 +128,6 @@ class WorkerMetrics:
                     counter.labels(*labels)
         self.registry.register(_Asked(self.sources, settings))
         ProcessCollector(registry=self.registry)
-        self._progress = time.time()
 
     def loaded(self, loaded: Loaded) -> None:
         """A loader is done with an image."""
@@ -133,7 +135,7 @@ class WorkerMetrics:
         self._counters["blip_fetch_bytes_total"].inc(loaded.bytes)
         if loaded.decode_seconds:
             self._histograms["blip_decode_seconds"].observe(loaded.decode_seconds)
-        self._progress = time.time()
+        self.last_event = time.time()
 
     def batch(self, report: BatchReport) -> None:
         """The engine ran a batch."""
@@ -142,7 +144,7 @@ class WorkerMetrics:
             self._histograms["blip_engine_seconds"].labels(report.task, stage).observe(seconds)
         self._counters["blip_engine_busy_seconds_total"].inc(report.busy_seconds)
         self._counters["blip_engine_oom_splits_total"].inc(report.oom_splits)
-        self._progress = time.time()
+        self.last_event = time.time()
 
     def committed(self, task: str, part: PartInfo, seconds: float) -> None:
         """A chunk's part is in storage and was counted."""
@@ -155,7 +157,7 @@ class WorkerMetrics:
     def chunk(self, outcome: str) -> None:
         """A hint came to this end, one of CHUNK_OUTCOMES."""
         self._counters["blip_chunks_total"].labels(outcome).inc()
-        self._progress = time.time()
+        self.last_event = time.time()
 
 
 class _Asked(Collector):

@@ -96,6 +96,7 @@ class Worker:
             "blip_engine_restarts_total": lambda: self.engine.restarts,
             "blip_loader_restarts_total": lambda: self.loaders.restarts,
             "blip_worker_chunks": lambda: len(self.held()),
+            "blip_last_progress_timestamp_seconds": self._last_progress,
         }
         self._jobs: dict[tuple[str, str], OpenJob] = {}
         self._drain_until: float | None = None
@@ -131,6 +132,11 @@ class Worker:
     def held(self) -> list[Held]:
         """The leases in hand."""
         return self._keeper.held()
+
+    def _last_progress(self) -> float:
+        """Of the chunks in hand, that of the one that stands still: others that move must not hide it."""
+        ages = [time.monotonic() - held.moved for held in self.held()]
+        return time.time() - max(ages) if ages else self.metrics.last_event
 
     def hints_waiting(self) -> int:
         """Hints in this worker's queues. Raises RedisUnavailable."""
@@ -236,13 +242,11 @@ class Worker:
             return job.checkpoint
         named = checkpoints_of(job.spec.task, job.spec.model)
         futures = [self.engine.load_model(model, task) for task, model in named]
-        held.loading = True
         for future in futures:
             while not future.done():
                 self._check(held, 1)
                 with suppress(TimeoutError):
                     future.result(_POLL_SECONDS)
-        held.loading = False
         checkpoint, *others = (future.result() for future in futures)  # CheckpointError ends the job
         for other in others:
             checkpoint = checkpoint.judged_by(other)
@@ -255,7 +259,7 @@ class Worker:
         """The usual run; row by row when a worker died over this chunk before."""
 
         def check() -> None:
-            held.rows_done = this.rows_done
+            held.done(this.rows_done)
             self._check(held, len(rows))
 
         def blame(row: int) -> None:

@@ -4,8 +4,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -149,6 +150,37 @@ def test_a_model_that_kills_the_engine_is_refused(harness: Harness) -> None:
     with pytest.raises(CheckpointError, match=r"signal 9.*while it loaded model 'deadly'"):
         harness.engine.load_model("deadly", "caption").result(30)
     assert harness.run([("a",)]) == [caption(0, "a")]
+
+
+def test_it_is_loading_until_all_that_was_asked_for_is_there_and_again_after_a_death(
+    harness: Harness, tmp_path: Path
+) -> None:
+    assert harness.engine.loading  # it starts
+    harness.run([("a",)])
+    assert not harness.engine.loading
+    slow = tmp_path / "order:load slowly"
+    slow.touch()
+    future = harness.engine.load_model(str(tmp_path), "caption")
+    until((tmp_path / "loading").exists)
+    assert harness.engine.loading
+    harness.submit(0, ("b",))  # of the other model: it waits too
+    assert (harness.engine.loads, harness.engine.restarts) == (1, 0)
+    assert harness.engine.pid
+    os.kill(harness.engine.pid, signal.SIGKILL)
+    until(lambda: harness.engine.restarts == 1)
+    assert harness.engine.loading
+    slow.unlink()
+    assert future.result(20).source == str(tmp_path)
+    assert harness.outcomes(1) == [caption(0, "b")]
+    assert not harness.engine.loading
+    assert harness.engine.loads == 3  # the first one's anew, and this one's
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_an_engine_that_cannot_start_is_one_line() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from servers import RedisServer, free_port
-from system import Cluster, simple_job
+from system import Cluster, children, simple_job
 
 from orchestrator.broker import make_celery, publish
 from orchestrator.contract import Hint
@@ -73,6 +73,39 @@ def test_a_worker_whose_work_does_not_move_is_unwell(cluster: Cluster, tmp_path:
     cluster.submit(simple_job(tmp_path / "job", 3, prompt="order:hang"), tmp_path / "out", chunk_rows=3)
     worker.until("/healthz", 503, r"no row of 1 chunks in hand was done for \d+ s")
     assert worker.ask("/readyz") == (200, "ok")
+
+
+def test_a_slow_load_of_a_model_is_no_reason_to_end_the_worker_whoever_waits(cluster: Cluster, tmp_path: Path) -> None:
+    # Few slots: what the engine holds already is soon done, and then all wait.
+    worker = Probed(cluster, BLIP_ENGINE_TIMEOUT_SECONDS="60", BLIP_MODEL_TIMEOUT_SECONDS="60", BLIP_SLOTS="8")
+    cluster.start_orchestrator()
+    resident = cluster.submit(simple_job(tmp_path / "a", 120, prompt="order:slow"), tmp_path / "a/out", chunk_rows=120)
+    cluster.until(resident.id, lambda _: cluster.ledger.in_flight(resident.id)[0] > 0)
+    other = cluster.folder / "other"
+    other.mkdir()
+    order = (other / "order:load slowly", cluster.model / "order:load slowly")
+    order[0].touch()
+    slow = cluster.submit(simple_job(tmp_path / "b", 3), tmp_path / "b/out", model=str(other))
+    well_while_it_loads(worker, other)  # one chunk waits for its model, and the other, whose model is there, too
+    order[1].touch()
+    (engine,) = children(worker.process.pid, "engine")
+    engine.kill()
+    order[0].unlink()
+    well_while_it_loads(worker, cluster.model)  # both models are loaded anew, and nobody asked for it
+    order[1].unlink()
+    for job in (resident, slow):
+        assert cluster.until_ended(job.id).status == "completed"
+
+
+def well_while_it_loads(worker: Probed, model: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not (model / "loading").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    deadline = time.monotonic() + 2.5  # well above the patience with work that does not move
+    while time.monotonic() < deadline:
+        assert worker.ask("/healthz") == (200, "ok")
+        time.sleep(0.1)
 
 
 def test_a_worker_that_drains_is_well_and_not_ready(cluster: Cluster, tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from servers import RedisServer, free_port
 from system import Cluster, children, records, simple_job, write_images, write_rows
 
 from orchestrator.contract import ERROR_CODES
+from orchestrator.ledger import Lease
+from orchestrator.settings import Settings
 from workers.metrics import CHUNK_OUTCOMES, FAMILIES
+from workers.worker import Worker
 
 Samples = dict[tuple[str, ...], float]
 
@@ -185,6 +188,28 @@ def test_a_part_of_strangers_adds_no_series() -> None:
     assert found.keys() == before
     assert found["blip_row_errors_total", "fetch_failed"] == 2
     assert found["blip_row_errors_total", "internal"] == 3 + 4
+
+
+def test_progress_is_that_of_the_chunk_that_stands_still(settings: Settings) -> None:
+    worker = Worker(settings, "w")
+    try:
+        leases = [Lease("job-1", chunk, "plan", 0, 1, 1, "w") for chunk in range(2)]
+        with worker._keeper.holding(leases[0], 0.0) as stuck, worker._keeper.holding(leases[1], 0.0) as moving:
+            stuck.moved -= 700
+            moving.done(5)
+            worker.metrics.chunk("dropped")
+            assert _progress(worker) == pytest.approx(time.time() - 700, abs=60)
+            stuck.done(1)
+            assert _progress(worker) == pytest.approx(time.time(), abs=60)
+        assert _progress(worker) == pytest.approx(time.time(), abs=60)  # idle: when it was last told something
+    finally:
+        worker.close()
+
+
+def _progress(worker: Worker) -> float:
+    value = worker.metrics.registry.get_sample_value("blip_last_progress_timestamp_seconds")
+    assert value is not None
+    return value
 
 
 def test_every_family_but_those_of_a_gpu_is_there_from_the_start(cluster: Cluster) -> None:

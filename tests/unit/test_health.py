@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,10 +18,20 @@ HANG = SETTINGS.engine_timeout_seconds + SETTINGS.loader_timeout_seconds + 2 * S
 
 
 @dataclass
+class Engine:
+    """What `Health` sees of the engine process."""
+
+    loading: bool = False
+    loads: int = 0
+    restarts: int = 0
+
+
+@dataclass
 class Work:
     """What `Health` sees of a worker."""
 
     chunks: list[Held] = field(default_factory=list)
+    engine: Engine = field(default_factory=Engine)
     hints_taken: int = 0
     waiting: Callable[[], int] = lambda: 0
     draining: bool = False
@@ -41,13 +52,19 @@ class Clock:
         return self.now
 
 
-def a_chunk() -> Held:
-    return Held(Lease("job-1", 0, "plan", 0, 1, 1, "w"), 1e9, 15.0)
+def a_chunk(clock: Clock) -> Held:
+    return Held(Lease("job-1", 0, "plan", 0, 1, 1, "w"), 1e9, 15.0, started=clock.now, moved=clock.now)
+
+
+def a_row_more(chunk: Held) -> None:
+    chunk.done(chunk.rows_done + 1)
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("workers.leases.time", SimpleNamespace(monotonic=clock))
+    return clock
 
 
 @pytest.fixture
@@ -70,7 +87,7 @@ def test_an_idle_worker_is_well_for_ever(health: Health, clock: Clock) -> None:
 def test_work_that_does_not_move_is_a_problem_once_the_watchdogs_had_their_time(
     health: Health, work: Work, clock: Clock
 ) -> None:
-    work.chunks = [a_chunk()]
+    work.chunks = [a_chunk(clock)]
     assert health.problem() is None
     clock.now += HANG - 1
     assert health.problem() is None
@@ -78,20 +95,46 @@ def test_work_that_does_not_move_is_a_problem_once_the_watchdogs_had_their_time(
     assert health.problem() == f"no row of 1 chunks in hand was done for {HANG + 1:.0f} s"
 
 
-def test_any_row_done_and_any_hint_taken_is_progress(health: Health, work: Work, clock: Clock) -> None:
-    work.chunks = [a_chunk(), a_chunk()]
+def test_any_row_done_and_any_chunk_begun_is_progress(health: Health, work: Work, clock: Clock) -> None:
+    work.chunks = [a_chunk(clock), a_chunk(clock)]
     for _ in range(5):
         assert health.problem() is None
         clock.now += HANG - 1
-        work.chunks[0].rows_done += 1
+        a_row_more(work.chunks[0])
         assert health.problem() is None
         clock.now += HANG - 1
+        work.chunks[1] = a_chunk(clock)
         work.hints_taken += 1
 
 
+def test_a_chunk_that_stands_still_is_a_problem_whatever_the_other_thread_does(
+    health: Health, work: Work, clock: Clock
+) -> None:
+    stuck, other = work.chunks = [a_chunk(clock), a_chunk(clock)]
+    for _ in range(2):  # it may be behind the other's images: twice the time, then
+        assert health.problem() is None
+        clock.now += HANG - 1
+        a_row_more(other)
+        work.hints_taken += 1
+    assert health.problem() is None
+    clock.now += 2
+    assert health.problem() == f"no row of a chunk in hand was done for {2 * HANG:.0f} s, while others moved"
+    a_row_more(stuck)
+    assert health.problem() is None
+
+
+def test_hints_that_come_to_nothing_are_no_progress(health: Health, work: Work, clock: Clock) -> None:
+    work.chunks = [a_chunk(clock)]
+    for _ in range(10):
+        assert health.problem() is None
+        clock.now += HANG / 10
+        work.hints_taken += 1
+    assert health.problem() is not None
+
+
 def test_a_model_may_take_as_long_as_its_setting_says(health: Health, work: Work, clock: Clock) -> None:
-    work.chunks = [a_chunk()]
-    work.chunks[0].loading = True
+    work.chunks = [a_chunk(clock)]
+    work.engine.loading = True
     assert health.problem() is None
     clock.now += SETTINGS.model_timeout_seconds
     assert health.problem() is None
@@ -99,12 +142,30 @@ def test_a_model_may_take_as_long_as_its_setting_says(health: Health, work: Work
     assert health.problem() is not None
 
 
+def test_work_that_waited_for_a_load_has_its_time_anew_when_that_ends(health: Health, work: Work, clock: Clock) -> None:
+    """Another chunk's model is loaded, or after a restart everybody's: no run is done meanwhile."""
+    work.chunks = [a_chunk(clock), a_chunk(clock)]
+    work.engine.restarts += 1
+    work.engine.loading = True
+    for _ in range(2):  # two models, one after the other
+        health.look()
+        clock.now += SETTINGS.model_timeout_seconds
+        assert health.problem() is None
+        work.engine.loads += 1
+    work.engine.loading = False
+    assert health.problem() is None
+    clock.now += HANG - 1
+    assert health.problem() is None
+    clock.now += 2
+    assert health.problem() is not None
+
+
 def test_hints_that_an_idle_thread_leaves_lying_are_a_problem(health: Health, work: Work, clock: Clock) -> None:
     work.waiting = lambda: 3
-    work.chunks = [a_chunk()]  # one thread of two is busy
+    work.chunks = [a_chunk(clock)]  # one thread of two is busy
     health.look()
     clock.now += DEAF_SECONDS - 1
-    work.chunks[0].rows_done += 1
+    a_row_more(work.chunks[0])
     health.look()
     assert health.problem() is None
     clock.now += 2
@@ -116,12 +177,12 @@ def test_hints_that_an_idle_thread_leaves_lying_are_a_problem(health: Health, wo
 
 def test_hints_that_wait_while_all_threads_are_busy_are_none(health: Health, work: Work, clock: Clock) -> None:
     work.waiting = lambda: 3
-    work.chunks = [a_chunk() for _ in range(SETTINGS.worker_threads)]
+    work.chunks = [a_chunk(clock) for _ in range(SETTINGS.worker_threads)]
     for _ in range(5):
         health.look()
         assert health.problem() is None
         clock.now += DEAF_SECONDS
-        work.chunks[0].rows_done += 1
+        a_row_more(work.chunks[0])
 
 
 def test_a_redis_that_is_away_is_no_reason_to_restart(health: Health, work: Work, clock: Clock) -> None:
@@ -138,7 +199,7 @@ def test_a_redis_that_is_away_is_no_reason_to_restart(health: Health, work: Work
 
 
 def test_a_worker_that_is_about_to_end_is_left_to_it(health: Health, work: Work, clock: Clock) -> None:
-    work.chunks = [a_chunk()]
+    work.chunks = [a_chunk(clock)]
     health.problem()
     clock.now += 10 * HANG
     work.draining = True

@@ -60,7 +60,7 @@ def _add_probes(app: FastAPI, ledger: Ledger, ailing: Callable[[], str | None]) 
     unwell: dict[int | str, dict[str, Any]] = {503: RESPONSES[503]}
 
     @app.get("/healthz", summary="Whether this process works", response_model=Health, responses=unwell)
-    def healthz() -> Health | Response:
+    async def healthz() -> Health | Response:  # not in a thread: all of them may wait for a Redis that is silent
         wrong = ailing()
         return Health(status="ok") if wrong is None else problem("unhealthy", wrong)
 

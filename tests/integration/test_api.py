@@ -311,3 +311,19 @@ def test_sigterm_ends_the_orchestrator_cleanly(redis_server: RedisServer, tmp_pa
     rest = process.communicate(timeout=20)[1]
     assert process.returncode == 0
     assert "Traceback" not in rest
+
+
+def test_healthz_answers_while_everybody_waits_for_a_silent_redis(
+    api: httpx.Client, url: str, redis_server: RedisServer
+) -> None:
+    assert api.get("/readyz").status_code == 200
+    redis_server.pause()
+    with ThreadPoolExecutor(50) as callers:  # more than the server has threads
+        try:
+            answers = [callers.submit(httpx.get, f"{url}/readyz", timeout=60) for _ in range(50)]
+            time.sleep(1)  # they are in
+            assert api.get("/healthz", timeout=8).status_code == 200  # Redis' own time-out is 10 s, and tried again
+            assert not any(answer.done() for answer in answers)
+        finally:
+            redis_server.resume()
+        assert {answer.result().status_code for answer in answers} == {200}

@@ -6,8 +6,6 @@ kernel's, when memory runs out). This module is what a loader process imports: n
 """
 
 import logging
-import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any, Final
 
 from .children import Child, Supervisor
+from .cpus import usable_cpus
 from .messages import Ask, Failure, Loaded
 from .slots import ASKED, DECODING, FETCHING, Slots
 
@@ -64,8 +63,11 @@ class _Loader:
 
 
 def loader_count(wanted: int, device: str = "auto") -> int:
-    """`wanted`, or where that is 0: one for each two cores, at most 8; beside a GPU all cores but two, at most 32."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    """`wanted`, or where that is 0: one for each two cores, at most 8; beside a GPU all cores but two, at most 32.
+
+    Cores are those that this process may use, a container's CPU limit included.
+    """
+    cores = usable_cpus()
     on_gpu = device != "cpu" and any(Path("/dev").glob("nvidia[0-9]*"))
     return wanted or max(1, min(32, cores - 2) if on_gpu else min(8, cores // 2))
 

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from queue import LifoQueue
@@ -102,23 +103,43 @@ class Worker:
         self._drain_until: float | None = None
 
     def start(self) -> None:
-        """Returns once the engine is up. Raises UsageError with one line when it, or Redis, cannot be."""
+        """Returns once the engine is up and has what is to be preloaded.
+
+        Only then are hints taken, and is the worker ready: in an upgrade, a warm one is not replaced by a cold one.
+        Raises UsageError with one line when the engine, or Redis, cannot be.
+        """
         self.ledger.ping()
         self.loaders.start()
         self.engine.start()
-        self._preload()
+        loads = self._preload()
         while not self.engine.started.wait(_POLL_SECONDS):
-            if self.faulty.is_set():
-                raise UsageError(self.fault)
+            self._check_start()
+        for named, future in loads.items():
+            self._await_preload(named, future)
         self._keeper.start()
 
-    def _preload(self) -> None:
-        """Have checkpoints loaded that jobs will want. One that cannot be is told when a job does."""
+    def _preload(self) -> dict[str, Future[Checkpoint]]:
+        """Ask for the checkpoints that jobs will want."""
+        loads = {}
         for named in self._settings.preload:
             task, _, model = named.partition(":")
             if task not in TASKS or not model:
                 raise UsageError(f"setting BLIP_PRELOAD={named!r}: write TASK:MODEL; the tasks are {', '.join(TASKS)}")
-            self.engine.load_model(model, task)
+            loads[named] = self.engine.load_model(model, task)
+        return loads
+
+    def _await_preload(self, named: str, future: Future[Checkpoint]) -> None:
+        """One that cannot be loaded is no reason not to begin: others may be wanted. The job that names it is told."""
+        while not future.done():
+            self._check_start()
+            with suppress(TimeoutError, BlipError):
+                future.result(_POLL_SECONDS)
+        if (error := future.exception()) is not None:
+            _log.error("BLIP_PRELOAD=%s is not loaded: %s", named, error)
+
+    def _check_start(self) -> None:
+        if self.faulty.is_set():
+            raise UsageError(self.fault)
 
     def drain(self) -> None:
         """Take no more; what is under way and fits into the grace period is finished, the rest put back."""

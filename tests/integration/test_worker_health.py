@@ -97,6 +97,25 @@ def test_a_slow_load_of_a_model_is_no_reason_to_end_the_worker_whoever_waits(clu
         assert cluster.until_ended(job.id).status == "completed"
 
 
+def test_a_worker_takes_no_hint_and_is_not_ready_before_its_models_are_resident(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    order = cluster.model / "order:load slowly"
+    order.touch()
+    worker = Probed(cluster, BLIP_PRELOAD=f"vqa:absent,caption:{cluster.model}", BLIP_MODEL_TIMEOUT_SECONDS="60")
+    cluster.start_orchestrator()
+    spec = cluster.submit(simple_job(tmp_path / "job", 20), tmp_path / "out")
+    well_while_it_loads(worker, cluster.model)
+    assert worker.ask("/readyz") == (503, "starting")
+    cluster.until(spec.id, lambda state: state.status == "in_progress")
+    assert cluster.ledger.in_flight(spec.id)[1] == 0  # nothing is leased
+    order.unlink()
+    worker.until("/readyz", 200, "ok")
+    assert cluster.until_ended(spec.id).status == "completed"
+    log = (cluster.folder / "impatient_worker-0.log").read_text()
+    assert "BLIP_PRELOAD=vqa:absent is not loaded: model 'absent': no such directory" in log  # and it goes on
+
+
 def well_while_it_loads(worker: Probed, model: Path) -> None:
     deadline = time.monotonic() + 30
     while not (model / "loading").exists():

@@ -10,6 +10,7 @@ import os
 import selectors
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from orchestrator import logs
 _log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG: Final = 1
+STALL_SECONDS: Final = 60.0  # for a child in the middle of a message, its or ours, before it is taken for hung
 
 
 class Child:
@@ -36,11 +38,25 @@ class Child:
         self._process = context.Process(target=_run, name=name, args=(os.getpid(), target, theirs, args), daemon=True)
         self._process.start()
         theirs.close()  # the child's death is then an end of file on our side
+        _limit_waits(self.pipe, STALL_SECONDS)
 
     @property
     def pid(self) -> int:
         """The process id."""
         return self._process.pid or 0
+
+    def send(self, message: object) -> None:
+        """Give it a message. Where it is dead or hung it does not get it, and the end of file tells its owner.
+
+        A child that hangs and reads no more would hold up its owner, who alone could end it: so it is killed here.
+        """
+        try:
+            self.pipe.send(message)
+        except BlockingIOError:
+            _log.warning("process %d takes no message: it hangs, and is killed", self.pid)
+            self._process.kill()
+        except OSError:  # it died
+            pass
 
     def end(self, grace: float = 0.0) -> str:
         """Kill it unless it ends by itself within `grace` seconds; how it ended ("signal 9", "exit code 3")."""
@@ -51,6 +67,14 @@ class Child:
         code = self._process.exitcode or 0
         self._process.close()
         return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _limit_waits(pipe: Connection, seconds: float) -> None:
+    """Let no read or write of our side wait for longer: an OSError, BlockingIOError, then tells of it."""
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    with socket.socket(fileno=os.dup(pipe.fileno())) as ours:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
 
 def die_with_parent(parent: int) -> None:

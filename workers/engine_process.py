@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Final
@@ -170,14 +169,13 @@ class EngineProcess(Supervisor):
         self._send([(number, job.run) for number, job in numbered.items()])
 
     def _send(self, message: object) -> None:
-        if self._child is not None:
-            with suppress(OSError):  # it died; the end of file that follows deals with everything it held
-                self._child.pipe.send(message)
+        if self._child is not None:  # where it died, the end of file that follows deals with everything it held
+            self._child.send(message)
 
     def _readable(self, owner: Child) -> None:
         try:
             answers = owner.pipe.recv()
-        except (EOFError, OSError):  # it died: what it held is run again or blamed
+        except (EOFError, OSError):  # it died, or hangs in mid-message: what it held is run again or blamed
             self._replace("died", grace=2.0)
             return
         self._heard = time.monotonic()

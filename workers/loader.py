@@ -9,7 +9,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -140,13 +139,12 @@ class LoaderPool(Supervisor):
         for item in items:
             item.phase = ASKED
             self._slots.set_phase(item.ask.slot, ASKED)
-        with suppress(OSError):  # it died; its end of file is about to be read and deals with the items
-            loader.child.pipe.send([item.ask for item in items])
+        loader.child.send([item.ask for item in items])  # where it died, its end of file deals with the items
 
     def _readable(self, owner: _Loader) -> None:
         try:
             message = owner.child.pipe.recv()
-        except (EOFError, OSError):  # the child died: `_replace` settles or keeps its items
+        except (EOFError, OSError):  # the child died, or hangs in mid-message: `_replace` settles or keeps its items
             self._replace(owner, "crashed", "the loader process died on this image")
             return
         owner.since = time.monotonic()

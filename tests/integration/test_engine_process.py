@@ -183,6 +183,25 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def test_a_process_that_reads_no_more_is_replaced_though_what_it_is_sent_fills_its_pipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("workers.children.STALL_SECONDS", 1.0)
+    harness = Harness(run_timeout=2.0)
+    try:
+        harness.run([("a",)])
+        assert harness.engine.pid
+        os.kill(harness.engine.pid, signal.SIGSTOP)
+        texts = [tuple(f"{slot}.{n:0400}" for n in range(200)) for slot in range(8)]  # 640 kB in all
+        for slot in range(8):
+            harness.submit(slot, texts[slot])
+        found = harness.outcomes(8)
+    finally:
+        harness.engine.close()
+    assert found == [[*(caption(slot, text)[0] for text in texts[slot])] for slot in range(8)]
+    assert harness.engine.restarts == 1
+
+
 def test_an_engine_that_cannot_start_is_one_line() -> None:
     harness = Harness(device="broken")
     assert harness.stopped.wait(20)

@@ -136,6 +136,12 @@ class Worker:
                 future.result(_POLL_SECONDS)
         if (error := future.exception()) is not None:
             _log.error("BLIP_PRELOAD=%s is not loaded: %s", named, error)
+        else:
+            self._tell_of([named.partition(":")[2]])
+
+    def _tell_of(self, models: list[str]) -> None:
+        """These are in memory here."""
+        self._presence["models"] = list(dict.fromkeys([*self._presence["models"], *models]))
 
     def _check_start(self) -> None:
         if self.faulty.is_set():
@@ -272,8 +278,7 @@ class Worker:
         for other in others:
             checkpoint = checkpoint.judged_by(other)
         job.report(self.ledger, checkpoint)
-        held_now = dict.fromkeys([*self._presence["models"], *job.spec.model.split("+")])
-        self._presence["models"] = list(held_now)
+        self._tell_of(job.spec.model.split("+"))
         return checkpoint
 
     def _run_for(self, context: JobContext, rows: list[Row | BadRow], held: Held) -> ChunkRun:

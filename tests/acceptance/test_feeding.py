@@ -61,6 +61,7 @@ def preloading(*named: str) -> Settings:
 def test_models_are_loaded_before_any_job_asks(worker: Worker) -> None:
     worker.start()
     assert not worker.engine.loading
+    assert worker._presence["models"] == ["demo"]
     sizes = [worker.engine.load_model("demo", task).result(60).image_size for task in ("caption", "itm")]
     assert sizes == [(64, 64), (64, 64)]
     assert list(worker.engine._loads) == ["caption:demo", "itm:demo"]  # asked for again, they were there

@@ -74,13 +74,12 @@ def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
 
 
 def _retry(spec: "JobSpec") -> None:
-    from .jobs import check_owner  # noqa: PLC0415
+    from .jobs import plan_to_go_on_with  # noqa: PLC0415
     from .lifecycle import next_round  # noqa: PLC0415
     from .settings import load_settings  # noqa: PLC0415
-    from .storage import open_store  # noqa: PLC0415
 
-    settings = load_settings()
-    if check_owner(spec, open_store(spec.output, settings)) is not None and (begun := next_round(spec, settings)):
+    plan = plan_to_go_on_with(spec, load_settings())
+    if plan is not None and (begun := next_round(plan)):
         typer.echo(f"Round {begun.round}: {begun.rows} rows without a result", err=True)
 
 
@@ -156,9 +155,12 @@ def _run_jobs(
     """The jobs' summaries, computed now or found. Raises BlipBatchError when one of them failed."""
     from .embedded import Embedded, finished_summary  # noqa: PLC0415
     from .errors import JobError  # noqa: PLC0415
+    from .jobs import plan_to_go_on_with  # noqa: PLC0415
     from .settings import load_settings  # noqa: PLC0415
 
     loaded = load_settings(drain_seconds=os.environ.get("BLIP_DRAIN_SECONDS") or 5.0, **settings)
+    for spec in specs:
+        plan_to_go_on_with(spec, loaded)
     found = {spec.id: summary for spec in specs if (summary := finished_summary(spec, loaded)) is not None}
     missing = [spec for spec in specs if spec.id not in found]
     for spec in specs:

@@ -20,7 +20,8 @@ from blip_engine.requests import DEFAULT_MODELS, DEMO_MODEL, JOB_TASKS, Task, ch
 from .contract import FORMATS, RESULT_FORMATS, JobSpec, JobState
 from .errors import JobConflict, JobError, ObjectNotFound, UsageError
 from .ledger import Ledger
-from .plan import Plan
+from .plan import Plan, load_plan
+from .rounds import round_key
 from .rows import checked_columns
 from .settings import Settings
 from .storage import Store, is_s3, open_store, split_s3
@@ -151,16 +152,38 @@ def submit(ledger: Ledger, spec: JobSpec, settings: Settings) -> str:
     """Starts the job, or goes on with it where it is; returns its id.
 
     A job that ended as failed or cancelled, or is paused, goes on from its finished parts; one whose output was
-    removed begins anew. Raises JobConflict when the output belongs to other work.
+    removed begins anew. Raises JobConflict as `plan_to_go_on_with` does.
     """
-    record = check_owner(spec, open_store(spec.output, settings))
+    return wake(ledger, spec, plan_to_go_on_with(spec, settings))
+
+
+def plan_to_go_on_with(spec: JobSpec, settings: Settings) -> Plan | None:
+    """The plan of the job's output; None: it has none yet, or nothing is there.
+
+    Raises JobConflict when the output belongs to other work, or was planned from another version of the manifest.
+    """
+    store = open_store(spec.output, settings)
+    plan = None if check_owner(spec, store) is None else load_plan(store, settings)
+    if plan is not None:
+        plan.check_source()
+    return plan
+
+
+def wake(ledger: Ledger, spec: JobSpec, plan: Plan | None) -> str:
+    """As `submit`, of a job whose output was looked at already and has `plan`."""
     if not ledger.create_job(spec):
         ledger.update_spec(spec)
         state = ledger.state(spec.id)
-        removed = record is None and state is not None and state.status == "completed"
-        if state is not None and (removed or state.status in {"failed", "cancelled", "paused"}):
+        if state is not None and (state.status in {"failed", "cancelled", "paused"} or _is_outdated(state, plan)):
             ledger.set_status(spec.id, "validating", since=state.status)
     return spec.id
+
+
+def _is_outdated(state: JobState, plan: Plan | None) -> bool:
+    """Whether the output of a job that is complete was removed, made anew, or holds a round that was only begun."""
+    if state.status != "completed":
+        return False
+    return plan is None or plan.hash != state.plan or plan.store.head(round_key(state.round + 1)) is not None
 
 
 def read_job(store: Store) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from .contract import JobSpec, JobState, Status
 from .errors import JobConflict, SpecUnreadable, UnknownJob
+from .jobs import check_owner
 from .ledger import Ledger
 from .plan import Plan, load_plan
 from .rounds import begin_round, failures_by_chunk, is_complete, load_rounds
@@ -97,21 +98,33 @@ def retry(ledger: Ledger, settings: Settings, job: str) -> Retry:
     spec, state = _known(ledger, job)
     if not state.ended:
         raise JobConflict(f"job {job} is {state.status}: wait for its end, or cancel it first")
-    begun = next_round(spec, settings)
+    begun = next_round(_own_plan(spec, state, settings))
     if begun is None:
         raise JobConflict(f"job {job}: every row has a result, there is nothing to retry")
     _change(ledger, job, "validating", "it is at work again", state)
     return begun
 
 
-def next_round(spec: JobSpec, settings: Settings) -> Retry | None:
-    """Begins a round of the rows without a result in the job's output, or finds one begun and not yet done.
-
-    None: every row has a result. The job must have ended. Raises JobConflict and StorageError.
-    """
-    plan = load_plan(open_store(spec.output, settings), settings)
+def _own_plan(spec: JobSpec, state: JobState, settings: Settings) -> Plan:
+    """The plan that the job worked by. Raises JobConflict when its output has none, or is another job's by now."""
+    store = open_store(spec.output, settings)
+    try:
+        check_owner(spec, store)
+    except JobConflict as error:
+        raise JobConflict(f"job {spec.id} has lost its output: {error}") from None
+    plan = load_plan(store, settings)
     if plan is None:
         raise JobConflict(f"job {spec.id} has no plan yet: nothing of it was done, so resume it, or submit it again")
+    if state.plan not in {None, plan.hash}:
+        raise JobConflict(f"job {spec.id}: {store.root} was planned anew; submit the job again to go on with that")
+    return plan
+
+
+def next_round(plan: Plan) -> Retry | None:
+    """Begins a round of the rows without a result in an output, or finds one begun and not yet done.
+
+    None: every row has a result. The job must have ended. Raises JobError and StorageError.
+    """
     rounds = load_rounds(plan)
     begun = rounds[-1] if rounds and not is_complete(plan, rounds) else begin_round(plan, rounds)
     return None if begun is None else Retry(begun.number, sum(begun.rows))

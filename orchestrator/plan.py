@@ -16,7 +16,7 @@ from typing import Any, Final
 from blip_engine.requests import Task
 
 from .contract import BadRow, Chunk, JobSpec, ManifestFormat, ResultFormat, Row
-from .errors import JobError, ManifestError, ObjectChanged, ObjectNotFound
+from .errors import JobConflict, JobError, ManifestError, ObjectChanged, ObjectNotFound
 from .fetch import ImagePolicy
 from .manifest import Source, choose_chunk_rows, open_manifest, scan, staged, stored_rows
 from .rows import parse_rows
@@ -83,6 +83,21 @@ class Plan:
         info = store.head(key)
         if info is None or info.etag != self.etag:
             raise self._changed()
+
+    def check_source(self) -> None:
+        """Raises JobConflict when what the user named as the manifest is no longer the version that was planned.
+
+        A folder or prefix has no version. A manifest that is gone is no other one: its rows may lie beside the plan.
+        """
+        if not self.source_etag:
+            return
+        store, key = open_object(self.source, self.settings)
+        info = store.head(key)
+        if info is not None and info.etag != self.source_etag:
+            raise JobConflict(
+                f"{self.store.root}: the manifest {self.source} was changed since this output was planned from it; "
+                "choose another output, or remove this one to begin anew"
+            )
 
     def _changed(self) -> JobError:
         return JobError(

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from .contract import JobSpec
 from .errors import UsageError
-from .jobs import read_job, submit
+from .jobs import read_job, wake
 from .ledger import Ledger
 from .plan import load_plan
 from .rounds import Round, is_complete, load_rounds, present_chunks
@@ -46,7 +46,7 @@ def recover(output: str, settings: Settings | None = None) -> Recovered:
         raise UsageError(f"{output} is a copy of the output {spec.output}; put it there, or recover that one")
     ledger = Ledger.connect(settings)
     try:
-        job = submit(ledger, spec, settings)
+        job = wake(ledger, spec, plan)  # whatever became of the manifest
     finally:
         ledger.close()
     if plan is None:  # it was lost before it was planned

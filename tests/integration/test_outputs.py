@@ -1,0 +1,153 @@
+"""Outputs that are not what a job left there: given to another job, planned anew, or of a manifest that changed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from api import body, http, problem, serving
+from harness import advance, caption_spec, ended, write_manifest
+from mini_worker import MiniWorker
+from servers import S3Server
+from test_cli import blip_batch, one_line_error
+
+from orchestrator import lifecycle
+from orchestrator.contract import JobSpec, JobState
+from orchestrator.control import Controller
+from orchestrator.embedded import finished_summary
+from orchestrator.errors import JobConflict
+from orchestrator.jobs import make_spec, submit
+from orchestrator.plan import load_plan
+from orchestrator.recover import recover
+from orchestrator.rounds import load_rounds
+from orchestrator.s3 import s3_client
+from orchestrator.settings import Settings
+from orchestrator.storage import open_store
+from orchestrator.verify import verify
+
+
+def finish(settings: Settings, controller: Controller, spec: JobSpec) -> JobState:
+    return advance(controller, submit(controller.ledger, spec, settings), ended, MiniWorker(settings))
+
+
+def rounds_of(output: Path, settings: Settings) -> int:
+    plan = load_plan(open_store(str(output)), settings)
+    assert plan is not None
+    return len(load_rounds(plan))
+
+
+def test_an_old_job_leaves_the_output_of_another_alone(
+    settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    old = caption_spec(write_manifest(tmp_path, 40, lambda n: n == 3), tmp_path / "out")
+    finish(settings, controller, old)
+    shutil.rmtree(tmp_path / "out")
+    new = make_spec(str(tmp_path / "rows.jsonl"), "caption", str(tmp_path / "out"), model="demo", chunk_rows=7)
+    finish(settings, controller, new)
+    with pytest.raises(JobConflict, match=f"{old.id} has lost its output: .* holds a job with chunk_rows=7, not 10"):
+        lifecycle.retry(controller.ledger, settings, old.id)
+    assert rounds_of(tmp_path / "out", settings) == 0
+    state = controller.ledger.state(old.id)
+    assert state is not None
+    assert state.status == "completed"
+    assert verify(str(tmp_path / "out")).ok
+
+
+def test_a_job_whose_output_was_planned_anew_elsewhere(
+    settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    """As by `run`, which has a Redis of its own: ours takes up what is there when the job is submitted again."""
+    spec = caption_spec(write_manifest(tmp_path, 40, lambda n: n == 3), tmp_path / "out")
+    finish(settings, controller, spec)
+    old = {name: controller.ledger._redis.hget(f"blip:job:{spec.id}", name) for name in ("plan", "total", "completed")}
+    shutil.rmtree(tmp_path / "out")
+    write_manifest(tmp_path, 50, lambda n: n % 10 == 3)
+    finish(settings, controller, spec)
+    controller.ledger._redis.hset(f"blip:job:{spec.id}", mapping=old)
+    with pytest.raises(JobConflict, match=f"job {spec.id}: .*out was planned anew; submit the job again"):
+        lifecycle.retry(controller.ledger, settings, spec.id)
+    assert rounds_of(tmp_path / "out", settings) == 0
+    state = finish(settings, controller, spec)
+    assert (state.total, state.completed, state.failed) == (50, 45, 5)
+    assert lifecycle.retry(controller.ledger, settings, spec.id).rows == 5
+
+
+@pytest.mark.parametrize("action", ["submit", "recover"])
+def test_a_retry_that_died_before_the_job_was_woken(
+    settings: Settings, controller: Controller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    spec = caption_spec(write_manifest(tmp_path, 40, lambda n: n % 10 == 3), tmp_path / "out")
+    finish(settings, controller, spec)
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(controller.ledger, "set_status", die)
+        with pytest.raises(KeyboardInterrupt):
+            lifecycle.retry(controller.ledger, settings, spec.id)
+    assert rounds_of(tmp_path / "out", settings) == 1
+    (tmp_path / "mended-bad-3.png").touch()
+    if action == "submit":
+        submit(controller.ledger, spec, settings)
+    else:
+        assert not recover(str(tmp_path / "out"), settings).complete
+    state = advance(controller, spec.id, lambda state: ended(state) and state.round == 1, MiniWorker(settings))
+    assert (state.status, state.completed, state.failed) == ("completed", 37, 3)
+    assert verify(str(tmp_path / "out")).ok
+    submit(controller.ledger, spec, settings)  # nothing is left to do now
+    again = controller.ledger.state(spec.id)
+    assert again is not None
+    assert again.status == "completed"
+
+
+CHANGED = "rows.jsonl was changed since this output was planned from it; choose another output, or remove this one"
+
+
+def test_the_same_command_after_the_manifest_changed(
+    settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    spec = caption_spec(write_manifest(tmp_path, 20), tmp_path / "out")
+    finish(settings, controller, spec)
+    write_manifest(tmp_path, 30)
+    command = ("--task", "caption", "--output", tmp_path / "out", "--model", "demo", "--chunk-rows", 10)
+    for one in (("run", tmp_path / "rows.jsonl", *command), ("run", tmp_path / "rows.jsonl", *command, "--retry"),
+                ("submit", tmp_path / "rows.jsonl", *command)):  # fmt: skip
+        done = blip_batch(*one)
+        one_line_error(done, CHANGED)
+        assert str(tmp_path / "out") in done.stderr
+    assert json.loads((tmp_path / "out/summary.json").read_text())["request_counts"]["total"] == 20
+    assert recover(str(tmp_path / "out"), settings).complete  # is about the output, whatever the manifest is now
+    shutil.rmtree(tmp_path / "out")
+    assert finish(settings, controller, spec).total == 30
+
+
+def test_over_http_it_is_a_conflict(settings: Settings, controller: Controller, tmp_path: Path) -> None:
+    given = body(tmp_path)
+    with serving(settings, allowed_folders=(str(tmp_path),)) as url, http(url) as api:
+        job = api.post("/v1/jobs", json=given).json()["id"]
+        advance(controller, job, ended, MiniWorker(settings))
+        assert api.post("/v1/jobs", json=given).status_code == 200
+        write_manifest(tmp_path, 30)
+        problem(api.post("/v1/jobs", json=given), 409, "conflict", CHANGED)
+
+
+def test_manifests_that_are_copied_to_the_plan(s3_server: S3Server, settings: Settings, controller: Controller) -> None:
+    """Their rows lie beside the plan: one that is gone is no other one. Prefixes have no version to compare."""
+    store = open_store("s3://blip/in")
+    store.put("rows.csv", b"image\ns3://blip/a.jpg\n")
+    store.put("pictures/a.jpg", b"x")
+    csv, prefix = (caption_spec(f"s3://blip/in/{name}", f"s3://blip/{name}-out") for name in ("rows.csv", "pictures/"))
+    for spec in (csv, prefix):
+        assert finish(settings, controller, spec).status == "completed"
+        assert submit(controller.ledger, spec, settings) == spec.id
+    store.put("rows.csv", b"image\ns3://blip/a.jpg\ns3://blip/b.jpg\n")
+    store.put("pictures/b.jpg", b"x")
+    with pytest.raises(JobConflict, match=r"the manifest s3://blip/in/rows\.csv was changed"):
+        submit(controller.ledger, csv, settings)
+    s3_client(5.0).delete_object(Bucket="blip", Key="in/rows.csv")
+    for spec in (csv, prefix):
+        submit(controller.ledger, spec, settings)
+        summary = finished_summary(spec, settings)
+        assert summary is not None
+        assert summary["request_counts"]["total"] == 1

@@ -233,11 +233,10 @@ def finished_summary(spec: JobSpec, settings: Settings) -> dict[str, Any] | None
 
 
 def _as_environment(settings: Settings) -> Mapping[str, str]:
-    """The settings that differ from the defaults, as the variables that the workers read."""
-    changed = settings.model_dump(exclude_defaults=True)
+    """All settings as the variables that the workers read: a flag wins over the environment, also as the default."""
     return {
         f"BLIP_{name.upper()}": ",".join(value) if isinstance(value, tuple) else str(value)
-        for name, value in changed.items()
+        for name, value in settings.model_dump(exclude_none=True).items()
     }
 
 

@@ -201,8 +201,10 @@ def test_a_worker_that_dies_is_replaced(cli: Cli, tmp_path: Path) -> None:
         (["rows.jsonl", "--workers", "0"], "--workers"),
     ],
 )
-def test_mistakes_are_one_line(cli: Cli, tmp_path: Path, arguments: list[str], says: str) -> None:
-    os.chdir(tmp_path)
+def test_mistakes_are_one_line(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "absent").mkdir()
     (tmp_path / "empty.jsonl").touch()
     simple_job(tmp_path, 2)
@@ -212,6 +214,14 @@ def test_mistakes_are_one_line(cli: Cli, tmp_path: Path, arguments: list[str], s
     (line,) = [line for line in err.splitlines() if line.startswith("Error: ")]
     assert says in line
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["device", "precision"])
+def test_a_flag_wins_over_the_environment(cli: Cli, tmp_path: Path, name: str) -> None:
+    """Also one that says what would be the default."""
+    cli.environment[f"BLIP_{name.upper()}"] = "broken"
+    code, _, err = cli.run(*cli.job(simple_job(tmp_path / "in", 2), f"--{name}", "auto"))
+    assert code == 0, err
 
 
 def test_options_are_json_or_words() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
 from .broker import make_celery, publish
 from .contract import JobSpec, JobState
@@ -35,13 +35,13 @@ from .lane import Lane
 from .ledger import Ledger, StaleEpochError
 from .logs import fields
 from .manifest import require_rows
-from .plan import load_plan, make_plan
+from .plan import Plan, load_plan, read_whole
 from .reconcile import counts, reconcile
 from .rounds import existing_parts, load_rounds
 from .scheduling import Demand, Workers, chunk_rows_for, rooms, route, slots_per_worker, speed_key
 from .settings import Settings
 from .stopping import StoppingError, go_on
-from .storage import open_store
+from .storage import Store, open_store
 from .temporary import remove_left_behind
 from .work import Work
 
@@ -325,11 +325,7 @@ class Controller:
     def _prepare(self, spec: JobSpec, epoch: str) -> None:
         """validating → in_progress: the plan, made or found, and what storage holds of the work."""
         store = open_store(spec.output, self.settings)
-        if load_plan(store, self.settings) is None:  # a manifest that cannot be read must not claim the output
-            require_rows(spec.manifest, spec.manifest_format, self.settings, spec.columns)
-        record = claim_output(spec, store)
-        speed = self.ledger.speed(speed_key(spec.task, spec.model))
-        plan = make_plan(spec, store, self.settings, chunk_rows_for(speed))
+        plan, record = self._planned(spec, store)
         work = Work(plan, load_rounds(plan))
         self._works[spec.id] = work
         found = self._restore(spec.id, epoch, work)
@@ -344,6 +340,20 @@ class Controller:
         if spec.id in self._to_pause:
             self.ledger.set_status(spec.id, "paused", epoch=epoch)
             self._to_pause.discard(spec.id)
+
+    def _planned(self, spec: JobSpec, store: Store) -> tuple[Plan, dict[str, Any]]:
+        """The output's plan and its job.json, made unless they are there.
+
+        A manifest that cannot be read to its end does not claim the output: a mended one may be another job.
+        """
+        if (plan := load_plan(store, self.settings)) is not None:
+            return plan, claim_output(spec, store)
+        require_rows(spec.manifest, spec.manifest_format, self.settings, spec.columns)
+        store.check_conditional_put()  # reading all of the manifest may take long
+        worth = chunk_rows_for(self.ledger.speed(speed_key(spec.task, spec.model)))
+        draft = read_whole(spec, store, self.settings, worth)
+        record = claim_output(spec, store)
+        return draft.write(store, self.settings, spec.results), record
 
     def _restore(self, job: str, epoch: str, work: Work) -> int:
         """Tells the ledger what there is to do, and what of it storage holds already: so many parts."""

@@ -130,17 +130,22 @@ def make_plan(spec: JobSpec, store: Store, settings: Settings, worth: int | None
     May be killed at any point, and may run twice at once: `plan.json` is written last, and the first one stays.
     """
     found = load_plan(store, settings)
-    if found is not None:
-        return found
+    return found or read_whole(spec, store, settings, worth).write(store, settings, spec.results)
+
+
+def read_whole(spec: JobSpec, store: Store, settings: Settings, worth: int | None = None) -> "Draft":
+    """The plan of a manifest that was read to its end, not written yet. Raises ManifestError and StorageError.
+
+    Rows that are no plain lines are written to `store`, under a name that only they have: they are in nobody's way.
+    """
     source = open_manifest(spec.manifest, spec.manifest_format, settings, spec.columns)
     if not source.staged:
-        return draft_plan(source, source, spec.chunk_rows, worth).write(store, settings, spec.results)
+        return draft_plan(source, source, spec.chunk_rows, worth)
     with staged(source, settings) as rows:
         key = f"plan/rows-{rows.sha256[:32]}.jsonl"
         if store.head(key) is None:
             store.put_file(key, rows.path)
-    lines = stored_rows(source, store, key)
-    return draft_plan(source, lines, spec.chunk_rows, worth).write(store, settings, spec.results)
+    return draft_plan(source, stored_rows(source, store, key), spec.chunk_rows, worth)
 
 
 @dataclass(frozen=True)

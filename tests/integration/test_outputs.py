@@ -151,3 +151,19 @@ def test_manifests_that_are_copied_to_the_plan(s3_server: S3Server, settings: Se
         summary = finished_summary(spec, settings)
         assert summary is not None
         assert summary["request_counts"]["total"] == 1
+
+
+def test_a_manifest_that_cannot_be_read_to_its_end_leaves_the_output_free(
+    settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    lines = ["image\n", *(f"{n}.png\n" for n in range(20_000))]
+    (tmp_path / "broken.csv").write_text("".join(lines) + '"20000.png\n')
+    (tmp_path / "whole.csv").write_text("".join(lines))
+    broken, whole = (caption_spec(tmp_path / name, tmp_path / "out", chunk_rows=10_000) for name in
+                     ("broken.csv", "whole.csv"))  # fmt: skip
+    state = finish(settings, controller, broken)
+    assert state.error is not None
+    assert "20002" in state.error["message"].replace(",", "")
+    assert finish(settings, controller, whole).completed == 20_000
+    with pytest.raises(JobConflict, match="holds a job with manifest="):
+        submit(controller.ledger, broken, settings)

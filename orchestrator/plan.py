@@ -8,6 +8,7 @@ plan/plan.json                   written last, by conditional PUT: the planner t
 import hashlib
 import json
 from array import array
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -58,6 +59,18 @@ class Plan:
     def all_chunks(self) -> Iterator[Chunk]:
         for page in range(-(-self.chunks // PAGE_CHUNKS)):
             yield from self._page(page)
+
+    def chunks_from(self, first_row: int) -> Iterator[Chunk]:
+        """The chunks from the one that holds this row on; of the pages before it hardly any is read."""
+        if first_row >= self.rows:
+            return
+        number = first_row // self.chunk_rows  # none has more rows, and as a rule none but the last has fewer
+        chunk = self.chunk(number)
+        if first_row >= chunk.first_row + chunk.rows:
+            every = range(self.chunks)
+            number = bisect_right(every, first_row, number, key=lambda each: self.chunk(each).first_row) - 1
+        for each in range(number, self.chunks):
+            yield self.chunk(each)
 
     def _page(self, number: int) -> list[Chunk]:
         page = self._pages.get(number)

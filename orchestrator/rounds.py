@@ -13,8 +13,9 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, groupby, islice
 from typing import Any, Final
 
 from .contract import Chunk, ResultFormat
@@ -27,6 +28,7 @@ from .storage import LocalStore, Store
 SUMMARY_KEY: Final = "summary.json"  # what `finalizer` writes once every part is there
 _READERS: Final = 8
 _WINDOW: Final = 2 * _READERS  # chunks held in memory at once
+_BLOCK: Final = 10_000  # chunks that share all but the last four digits of their parts' names: listed together
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +146,10 @@ def last_part(chunk: Chunk, rounds: Sequence[Round]) -> tuple[int, int]:
     return 0, chunk.rows
 
 
-def present_chunks(plan: Plan, number: int = 0) -> set[int]:
-    """The chunks that have a part of that round, by listing."""
-    found = (chunk_of(info.key, plan.results) for info in plan.store.list(part_prefix(number)))
+def present_chunks(plan: Plan, number: int = 0, block: int | None = None) -> set[int]:
+    """The chunks that have a part of that round, by listing; with `block`, at least those of this `_BLOCK`."""
+    some = "" if block is None else f"{block:04d}"  # of eight digits; longer numbers that begin so are there as well
+    found = (chunk_of(info.key, plan.results) for info in plan.store.list(part_prefix(number) + some))
     return {chunk for chunk in found if chunk is not None and chunk < plan.chunks}
 
 
@@ -227,23 +230,28 @@ def failures_by_chunk(plan: Plan, first_row: int = 0) -> Iterator[tuple[Chunk, l
     """Chunks from the one that holds `first_row` on, and the error records that they have so far, in manifest order.
 
     The job may be at work. Only the latest outcome of a row counts; chunks without failures are here too, and where
-    the summary knows of them, they are not read.
+    the summary knows of them, they are not read. Where there is none, parts are listed as far as they are asked for.
     """
     rounds = load_rounds(plan)
-    known, numbers = _summed_up(plan, len(rounds)), range(len(rounds) + 1)
-    present = [present_chunks(plan, number) for number in numbers]
-    for chunk in plan.all_chunks():
-        if chunk.first_row + chunk.rows <= first_row:
-            continue
-        if known.get(part_key(chunk.id, last_part(chunk, rounds)[0], plan.results)) == 0:
-            yield chunk, []
-            continue
-        latest: dict[int, dict[str, Any]] = {}
-        for number in numbers:
-            if chunk.id in present[number]:
+    known = _summed_up(plan, len(rounds))
+    for block, chunks in groupby(plan.chunks_from(first_row), lambda chunk: chunk.id // _BLOCK):
+        present = None if known else [present_chunks(plan, number, block) for number in range(len(rounds) + 1)]
+        for chunk in chunks:
+            clean = known.get(part_key(chunk.id, last_part(chunk, rounds)[0], plan.results)) == 0
+            yield chunk, [] if clean else _failures(plan, chunk, rounds, present)
+
+
+def _failures(
+    plan: Plan, chunk: Chunk, rounds: Sequence[Round], present: Sequence[set[int]] | None
+) -> list[dict[str, Any]]:
+    """The error records of a chunk. `present`: the chunks that have a part, of each round; None: all that should."""
+    latest: dict[int, dict[str, Any]] = {}
+    for number, _ in _parts_of(chunk, rounds):
+        if present is None or chunk.id in present[number]:
+            with suppress(ObjectNotFound):  # a part that was removed, or one that a later round made needless
                 records, _ = read_part(plan.store, part_key(chunk.id, number, plan.results))
                 latest.update((record["row"], record) for record in records)
-        yield chunk, [latest[row] for row in sorted(latest) if latest[row]["error"] is not None]
+    return [latest[row] for row in sorted(latest) if latest[row]["error"] is not None]
 
 
 def merged_chunks(plan: Plan) -> Iterator[MergedChunk]:

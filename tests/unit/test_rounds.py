@@ -1,7 +1,9 @@
 """Rounds against a model of them: whatever fails in which round, the merged view has each row's last outcome."""
 
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from orchestrator.contract import Hint, Row, error_row, result_row
 from orchestrator.jobs import make_spec
 from orchestrator.parts import PartError, part_key, put_part
-from orchestrator.plan import Plan, make_plan
+from orchestrator.plan import Plan, load_plan, make_plan
 from orchestrator.rounds import (
     Round,
     begin_round,
@@ -23,7 +25,7 @@ from orchestrator.rounds import (
     numbers_to_do,
 )
 from orchestrator.settings import load_settings
-from orchestrator.storage import open_store
+from orchestrator.storage import LocalStore, ObjectInfo, open_store
 
 
 def a_plan(folder: Path, rows: int, chunk_rows: int) -> Plan:
@@ -105,3 +107,56 @@ def test_a_part_that_does_not_fit_its_round_is_named(tmp_path: Path) -> None:
         list(latest_records(plan))
     with pytest.raises(PartError, match="0 rows have no result, round 1 was begun with 1"):
         numbers_to_do(plan.store, plan.chunk(1), 1, 1)
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys that are read, and the prefixes that are listed, from now on."""
+    asked: list[str] = []
+    get, listed = LocalStore.get, LocalStore.list
+
+    def counted_get(store: LocalStore, key: str, *args: Any, **named: Any) -> bytes:
+        asked.append(key)
+        return get(store, key, *args, **named)
+
+    def counted_list(store: LocalStore, prefix: str = "") -> Iterator[ObjectInfo]:
+        asked.append(f"LIST {prefix}")
+        return listed(store, prefix)
+
+    monkeypatch.setattr(LocalStore, "get", counted_get)
+    monkeypatch.setattr(LocalStore, "list", counted_list)
+    return asked
+
+
+@pytest.mark.parametrize("summed_up", [True, False])
+def test_a_page_of_errors_reads_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, summed_up: bool) -> None:
+    monkeypatch.setattr("orchestrator.plan.PAGE_CHUNKS", 4)
+    plan = a_plan(tmp_path, 60, 3)
+    work(plan, range(20), {40, 50})
+    keys = [part_key(n) for n in range(20)]
+    if summed_up:
+        parts = [{"key": key, "failed": int(n in {13, 16})} for n, key in enumerate(keys)]
+        plan.store.put("summary.json", json.dumps({"round": 0, "parts": parts}).encode())
+    fresh = load_plan(plan.store, plan.settings)
+    assert fresh is not None
+    asked = recorded(monkeypatch)
+    pages = failures_by_chunk(fresh, 41)
+    assert [record["row"] for _, failures in islice(pages, 4) for record in failures] == [40, 50]
+    assert sorted(asked) == sorted([
+        "rounds/1/round.json", "summary.json", *(f"plan/{plan.hash}/chunks-0000{page}.json" for page in (3, 4)),
+        *([keys[13], keys[16]] if summed_up else ["LIST results/part-0000", *keys[13:17]]),
+    ])  # fmt: skip
+
+
+def test_chunks_from_any_row_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where long rows made chunks that hold fewer."""
+    monkeypatch.setattr("orchestrator.plan.PAGE_CHUNKS", 2)
+    monkeypatch.setattr("orchestrator.manifest.chunking.BLOCK", 50)
+    monkeypatch.setattr("orchestrator.manifest.chunking.LONGEST_CHUNK", 150)
+    (tmp_path / "m.txt").write_text("".join(f"{'x' * (90 * (n % 3 == 0))}{n}.jpg\n" for n in range(40)))
+    spec = make_spec(str(tmp_path / "m.txt"), "caption", str(tmp_path / "out"), model="demo", chunk_rows=5)
+    plan = make_plan(spec, open_store(spec.output), load_settings())
+    chunks = list(plan.all_chunks())
+    assert len({chunk.rows for chunk in chunks}) > 1
+    for row in range(42):
+        expected = [chunk for chunk in chunks if chunk.first_row + chunk.rows > row]
+        assert list(plan.chunks_from(row)) == expected

@@ -229,7 +229,8 @@ def retry(
     """Do the rows that failed again, in a new round, merged into the same results."""
     with _backend() as backend:
         begun = backend.retry(job)
-        print_line(f"{job} round {begun.round}: {begun.rows} rows")
+        rows = "its rows are being counted" if begun.rows is None else f"{begun.rows} rows"
+        print_line(f"{job} round {begun.round}: {rows}")
         if wait:
             _wait(backend, job)
 

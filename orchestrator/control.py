@@ -37,7 +37,7 @@ from .logs import fields
 from .manifest import require_rows
 from .plan import Plan, load_plan, read_whole
 from .reconcile import counts, reconcile
-from .rounds import existing_parts, load_rounds
+from .rounds import begin_wanted, existing_parts, load_rounds
 from .scheduling import Demand, Workers, chunk_rows_for, rooms, route, slots_per_worker, speed_key
 from .settings import Settings
 from .stopping import StoppingError, go_on
@@ -326,7 +326,7 @@ class Controller:
         """validating → in_progress: the plan, made or found, and what storage holds of the work."""
         store = open_store(spec.output, self.settings)
         plan, record = self._planned(spec, store)
-        work = Work(plan, load_rounds(plan))
+        work = Work(plan, begin_wanted(plan))
         self._works[spec.id] = work
         found = self._restore(spec.id, epoch, work)
         if not found and not work.rounds and not record.get("model"):  # a new output, or one that was removed

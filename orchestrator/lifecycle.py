@@ -16,7 +16,15 @@ from .errors import JobConflict, SpecUnreadable, UnknownJob
 from .jobs import check_owner
 from .ledger import Ledger
 from .plan import Plan, load_plan
-from .rounds import begin_round, failures_by_chunk, is_complete, load_rounds
+from .rounds import (
+    Round,
+    ask_for_round,
+    begin_round,
+    failures_by_chunk,
+    is_begun_soon,
+    is_complete,
+    load_rounds,
+)  # fmt: skip
 from .scheduling import (
     Backlog,
     Remaining,
@@ -46,7 +54,7 @@ class Retry:
     """A round that was begun, or is gone on with."""
 
     round: int
-    rows: int  # that have no result yet
+    rows: int | None  # that have no result yet; None: they are being counted
 
 
 def list_jobs(ledger: Ledger, settings: Settings, jobs: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -92,13 +100,14 @@ def resume(ledger: Ledger, job: str) -> None:
 def retry(ledger: Ledger, settings: Settings, job: str) -> Retry:
     """Does the rows without a result again, in a new round; what has a result is neither fetched nor computed again.
 
-    The round is written to the output before the job is woken, so that it outlives Redis. A round that was begun and
-    stopped is gone on with. Raises JobConflict, also when no row failed, and StorageError.
+    The round is written to the output before the job is woken, so that it outlives Redis. Of a huge job without a
+    summary it is only asked for there, and the control loop begins it: the job is `validating` meanwhile. A round that
+    was begun and stopped is gone on with. Raises JobConflict, also when no row failed, and StorageError.
     """
     spec, state = _known(ledger, job)
     if not state.ended:
         raise JobConflict(f"job {job} is {state.status}: wait for its end, or cancel it first")
-    begun = next_round(_own_plan(spec, state, settings))
+    begun = next_round(_own_plan(spec, state, settings), patient=False)
     if begun is None:
         raise JobConflict(f"job {job}: every row has a result, there is nothing to retry")
     _change(ledger, job, "validating", "it is at work again", state)
@@ -120,13 +129,19 @@ def _own_plan(spec: JobSpec, state: JobState, settings: Settings) -> Plan:
     return plan
 
 
-def next_round(plan: Plan) -> Retry | None:
+def next_round(plan: Plan, *, patient: bool = True) -> Retry | None:
     """Begins a round of the rows without a result in an output, or finds one begun and not yet done.
 
-    None: every row has a result. The job must have ended. Raises JobError and StorageError.
+    None: every row has a result. Not `patient`: a round that would take minutes to begin is asked for instead. The job
+    must have ended. Raises JobError and StorageError.
     """
     rounds = load_rounds(plan)
-    begun = rounds[-1] if rounds and not is_complete(plan, rounds) else begin_round(plan, rounds)
+    if rounds and not is_complete(plan, rounds):
+        begun: Round | None = rounds[-1]
+    elif patient or is_begun_soon(plan, rounds):
+        begun = begin_round(plan, rounds)
+    else:
+        return Retry(ask_for_round(plan, rounds), None)
     return None if begun is None else Retry(begun.number, sum(begun.rows))
 
 

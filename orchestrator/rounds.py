@@ -1,6 +1,7 @@
 """Rounds: the first pass over all rows is round 0; each `retry` is a further one, of the rows without a result.
 
 results/part-00000042.jsonl      round 0: every row of chunk 42
+rounds/1/wanted                  where finding those chunks takes long: the round was asked for, and is to be begun
 rounds/1/round.json              the chunks with rows to do again, and how many; its presence begins the round
 rounds/1/part-00000042.jsonl     those rows of chunk 42
 
@@ -28,6 +29,7 @@ from .storage import LocalStore, Store
 SUMMARY_KEY: Final = "summary.json"  # what `finalizer` writes once every part is there
 _READERS: Final = 8
 _WINDOW: Final = 2 * _READERS  # chunks held in memory at once
+_FEW: Final = 2000  # parts that can be asked one by one while someone waits for the answer
 _BLOCK: Final = 10_000  # chunks that share all but the last four digits of their parts' names: listed together
 
 
@@ -60,6 +62,10 @@ class MergedChunk:
 
 def round_key(number: int) -> str:
     return f"rounds/{number}/round.json"
+
+
+def wanted_key(number: int) -> str:
+    return f"rounds/{number}/wanted"
 
 
 def load_rounds(plan: Plan) -> list[Round]:
@@ -102,6 +108,26 @@ def begin_round(plan: Plan, rounds: Sequence[Round]) -> Round | None:
     content = {"round": number, "plan": plan.hash, "chunks": chunks.tolist(), "rows": rows.tolist()}
     plan.store.put_new(round_key(number), json.dumps(content).encode() + b"\n")
     return load_rounds(plan)[number - 1]
+
+
+def is_begun_soon(plan: Plan, rounds: Sequence[Round]) -> bool:
+    """Whether `begin_round` takes seconds: each part need not be asked, or they are few."""
+    return plan.chunks <= _FEW or bool(_summed_up(plan, len(rounds)))
+
+
+def ask_for_round(plan: Plan, rounds: Sequence[Round]) -> int:
+    """Leaves the round after `rounds` to be begun by `begin_wanted`; its number. Raises StorageError."""
+    number = len(rounds) + 1
+    plan.store.put_new(wanted_key(number), b"asked for; round.json begins it\n")
+    return number
+
+
+def begin_wanted(plan: Plan) -> list[Round]:
+    """As `load_rounds`, after the round that was asked for, if one was, is begun. Takes minutes then."""
+    rounds = load_rounds(plan)
+    wanted = plan.store.head(wanted_key(len(rounds) + 1)) is not None
+    begun = begin_round(plan, rounds) if wanted else None
+    return rounds if begun is None else [*rounds, begun]
 
 
 def _unresolved(plan: Plan, rounds: Sequence[Round]) -> Iterator[tuple[int, int]]:

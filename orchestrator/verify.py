@@ -9,7 +9,7 @@ from .errors import ObjectNotFound, StorageError, UsageError
 from .finalizer import Totals
 from .parts import PREFIX, PartError, PartInfo, chunk_of, part_key, part_prefix
 from .plan import Plan, load_plan
-from .rounds import SUMMARY_KEY, Round, last_part, load_rounds, merged_chunk, round_key
+from .rounds import SUMMARY_KEY, Round, last_part, load_rounds, merged_chunk, round_key, wanted_key
 from .settings import Settings, load_settings
 from .storage import open_store
 
@@ -87,7 +87,7 @@ def _audit_names(plan: Plan, rounds: Sequence[Round], audit: Audit) -> None:
         chunk = chunk_of(info.key, plan.results)
         if chunk is None or chunk >= plan.chunks:
             audit.report(f"{info.key}: no chunk of the plan")
-    known = {round_key(this.number) for this in rounds}
+    known = {key(number) for number in range(1, len(rounds) + 2) for key in (round_key, wanted_key)}
     prefixes = {part_prefix(this.number): this for this in rounds}
     for info in plan.store.list("rounds/"):
         chunk, this = chunk_of(info.key, plan.results), prefixes.get(info.key.rpartition("-")[0] + "-")

@@ -109,7 +109,7 @@ class RetryBegun(BaseModel):
     """The round of a retry."""
 
     round: int = Field(ge=1)
-    rows: int = Field(ge=1, description="that have no result yet")
+    rows: int | None = Field(ge=1, description="that have no result yet; null: they are being counted")
     job: JobDetail
 
 

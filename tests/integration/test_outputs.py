@@ -8,7 +8,7 @@ import pytest
 from api import body, http, problem, serving
 from harness import advance, caption_spec, ended, write_manifest
 from mini_worker import MiniWorker
-from servers import S3Server
+from servers import RedisServer, S3Server
 from test_cli import blip_batch, one_line_error
 
 from orchestrator import lifecycle
@@ -167,3 +167,35 @@ def test_a_manifest_that_cannot_be_read_to_its_end_leaves_the_output_free(
     assert finish(settings, controller, whole).completed == 20_000
     with pytest.raises(JobConflict, match="holds a job with manifest="):
         submit(controller.ledger, broken, settings)
+
+
+def test_a_retry_that_takes_long_to_begin_is_begun_by_the_control_loop(
+    redis_server: RedisServer, settings: Settings, controller: Controller, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A job that was stopped has no summary: each of its parts has to be asked. Redis may be lost before that."""
+    given = body(tmp_path, 60)
+    with serving(settings, allowed_folders=(str(tmp_path),)) as url, http(url) as api:
+        job, worker = api.post("/v1/jobs", json=given).json()["id"], MiniWorker(settings)
+        advance(controller, job, lambda state: state.chunks_done >= 3, worker)
+        api.post(f"/v1/jobs/{job}/cancel")
+        done = advance(controller, job, ended).completed
+        monkeypatch.setattr("orchestrator.rounds._FEW", 5)
+        begun = api.post(f"/v1/jobs/{job}/retry").json()
+        assert (begun["round"], begun["rows"], begun["job"]["status"]) == (1, None, "validating")
+        assert rounds_of(tmp_path / "out", settings) == 0
+        while worker.take():  # of the first pass
+            pass
+        redis_server.client().flushall()
+        fresh = Controller(settings)  # one that never heard of the job
+        assert api.post("/v1/jobs", json=given).status_code == 201
+        worker.worked.clear()
+        for n in (3, 13):
+            (tmp_path / f"mended-bad-{n}.png").touch()
+        state = advance(fresh, job, ended, worker)
+        fresh.close()
+        assert (state.status, state.round, state.completed, state.failed) == ("completed", 1, 56, 4)
+        assert len(worker.worked) == len(set(worker.worked)) == 60 - done
+        audit = verify(str(tmp_path / "out"))
+        assert audit.ok, audit.problems
+        assert api.post(f"/v1/jobs/{job}/retry").json()["rows"] == 4  # the summary tells

@@ -32,6 +32,9 @@ class Backend(Protocol):
     def errors(self, job: str) -> Iterator[dict[str, Any]]:
         """The error records so far, in manifest order."""
 
+    def speed(self, task: str, model: str) -> float | None:
+        """Rows per second of one worker, as last measured; None: never."""
+
 
 class RedisBackend:
     """Talks to Redis and to the outputs itself."""
@@ -56,6 +59,9 @@ class RedisBackend:
 
     def errors(self, job: str) -> Iterator[dict[str, Any]]:
         return lifecycle.errors(self._ledger, self._settings, job)
+
+    def speed(self, task: str, model: str) -> float | None:
+        return lifecycle.speed(self._ledger, self._settings, task, model)
 
 
 @contextmanager

@@ -37,34 +37,44 @@ def plan(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
         str | None, typer.Option("--format", help="Instead of detection; a wrong one lists them all.")
     ] = None,
     column: Column = None,
-    chunk_rows: Annotated[int | None, typer.Option(help="Rows in a chunk; chosen if left out.")] = None,
-    rows_per_second: Annotated[
-        float | None, typer.Option(min=1e-6, help="Your measured speed of one worker, for the estimate.")
+    chunk_rows: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Rows in a chunk; chosen if left out.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Workers, for the estimate.")] = 1,
-    cost_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one worker, for the estimate.")] = None,
+    model: Annotated[str | None, typer.Option(help="As of `run`, for the estimate.")] = None,
+    rows_per_second: Annotated[
+        float | None,
+        typer.Option(min=1e-6, max=1e9, help="Of one worker, for the estimate; left out: as the cluster measured."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=100_000, help="Workers, for the estimate.")] = 1,
+    cost_per_hour: Annotated[
+        float | None, typer.Option(min=0, max=1e9, help="Of one worker, for the estimate [BLIP_PRICE_PER_WORKER_HOUR].")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Dry run: what a manifest holds, and how it would be cut into chunks. Writes nothing."""
-    from .dry_run import dry_run, estimate  # noqa: PLC0415
+    """Dry run: what a manifest holds, how it would be cut into chunks, and how long it would take. Writes nothing."""
+    from .dry_run import Known, dry_run  # noqa: PLC0415
 
-    report = dry_run(manifest, task, manifest_format, chunk_rows, given_columns(column))
-    if rows_per_second:
-        report["estimate"] = estimate(report["rows"], rows_per_second, workers, cost_per_hour)
+    known = Known(model, rows_per_second, workers, cost_per_hour)
+    report = dry_run(manifest, task, manifest_format, chunk_rows, given_columns(column), known)
     if as_json:
         print_json(report)
-        return
+    else:
+        _print_plan(report)
+
+
+def _print_plan(report: dict[str, Any]) -> None:
     for name in ("manifest", "format", "compression", "rows", "bad_rows", "chunks", "chunk_rows"):
         if report[name] is not None:
             print_line(f"{name:<12}{report[name]}")
     for name, count in report["skipped"].items():
         print_line(f"{'skipped':<12}{count} {name}")
-    for name, value in report.get("estimate", {}).items():
+    for name, value in (report["estimate"] or {}).items():
         print_line(f"{name:<12}{value}")
     for row in report["first_rows"]:
         print_line(f"row {row['row']:<8}{row['image']}")
     for bad in report["first_bad_rows"]:
         print_line(f"row {bad['row']:<8}{bad['code']}: {bad['message']}")
+    print_line(f"{'estimate':<12}{report['estimate_note']}")
 
 
 @app.command()

@@ -129,6 +129,10 @@ class Api:
     def backlog(self) -> dict[str, Any]:
         return self._ask("GET", "/v1/backlog")
 
+    def speed(self, task: str, model: str) -> float | None:
+        found: float | None = self._ask("GET", "/v1/speed", params={"task": task, "model": model})["rows_per_second"]
+        return found
+
     def events(self, job: str) -> Iterator[dict[str, Any]]:
         """The job at once and whenever it changes, until it has ended; a stream that breaks off is taken up again."""
         seen: dict[str, Any] = self.status(job)  # raises for a job that is not known

@@ -37,7 +37,7 @@ from .logs import fields
 from .manifest import require_rows
 from .plan import Plan, load_plan, read_whole
 from .reconcile import counts, reconcile
-from .rounds import begin_wanted, existing_parts, load_rounds
+from .rounds import begin_wanted, existing_parts
 from .scheduling import Demand, Workers, chunk_rows_for, rooms, route, slots_per_worker, speed_key
 from .settings import Settings
 from .stopping import StoppingError, go_on

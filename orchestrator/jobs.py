@@ -64,7 +64,7 @@ def make_spec(  # noqa: PLR0913 - a job has as many arguments as options
     try:
         options_for(task, options)
         draft = JobSpec(
-            id="draft", task=task, model=_models(task, model or DEFAULT_MODELS[task]), manifest=manifest_uri(manifest),
+            id="draft", task=task, model=models_of(task, model), manifest=manifest_uri(manifest),
             manifest_format=manifest_format, columns=checked_columns(columns or {}), output=_output(output),
             results=results, options=dict(options or {}), chunk_rows=chunk_rows, max_error_ratio=max_error_ratio,
             weight=weight, created_at=time.time(),
@@ -129,8 +129,9 @@ def _local(text: str, what: str) -> str:
     return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111
 
 
-def _models(task: Task, model: str) -> str:
-    """The model of a job, or its two. Raises OptionError for another number of them."""
+def models_of(task: Task, model: str | None) -> str:
+    """The model of a job, or its two; None: the task's default. Raises UsageError, OptionError for a wrong number."""
+    model = model or DEFAULT_MODELS[task]
     named = checkpoints_of(task, model)
     return model if model == DEMO_MODEL else "+".join(model_name(name) for _, name in named)
 

@@ -173,6 +173,18 @@ def error_page(
     return found, None
 
 
+def speed(ledger: Ledger, settings: Settings, task: str, model: str) -> float | None:
+    """Rows per second of one worker, as last measured for this task and model (`JobSpec.model`); None: never."""
+    found = ledger.speed(speed_key(task, model))
+    return found * _slots(model, ledger.live_workers(), settings) if found else None
+
+
+def _slots(model: str, workers: Workers, settings: Settings) -> float:
+    """Leases that a worker of this model holds at once."""
+    served = servers(model, workers)
+    return slots_per_worker(served) if served else settings.worker_threads
+
+
 def backlog(
     ledger: Ledger, settings: Settings, models: Sequence[str] = (), without: Sequence[str] = ()
 ) -> Backlog:  # fmt: skip
@@ -200,11 +212,9 @@ def backlog(
         if (own and not serves(own, spec.model)) or any(serves(kind.split("+"), spec.model) for kind in without):
             continue
         busy.update(set(at_work) - workers.keys())  # unheard of for a while; whose they are is not known
-        served = servers(spec.model, workers)
-        slots = slots_per_worker(served) if served else settings.worker_threads
-        speed = ledger.speed(speed_key(spec.task, spec.model))
+        seen = ledger.speed(speed_key(spec.task, spec.model))
         rows, chunks = _left(state, len(at_work))
-        left.append(Remaining(rows, chunks, speed * slots if speed else None))
+        left.append(Remaining(rows, chunks, seen * _slots(spec.model, workers, settings) if seen else None))
     slots = slots_per_worker(pool) if pool else settings.worker_threads
     return backlog_of(left, len(busy), slots, settings.backlog_seconds, settings.max_workers)
 

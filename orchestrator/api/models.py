@@ -172,6 +172,21 @@ class Backlog(BaseModel):
     desired_workers: _Count
 
 
+class SpeedQuery(BaseModel):
+    """Of what."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str
+    model: str = Field(description="as jobs have it")
+
+
+class Speed(BaseModel):
+    """What a worker does, as last measured."""
+
+    rows_per_second: float | None = Field(description="null: no job of this task and model has run yet")
+
+
 class Health(BaseModel):
     """`ok`, or what is wrong."""
 

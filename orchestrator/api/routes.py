@@ -29,6 +29,8 @@ from .models import (
     JobPage,
     JobQuery,
     RetryBegun,
+    Speed,
+    SpeedQuery,
     Submission,
 )  # fmt: skip
 from .problems import responses
@@ -87,6 +89,8 @@ class Routes:
                        **responses(404)})  # fmt: skip
         add("/v1/backlog", self.backlog, methods=["GET"], response_model=Backlog,
             summary="What is left to do, and the workers for it", responses=responses(422))  # fmt: skip
+        add("/v1/speed", self.speed, methods=["GET"], response_model=Speed,
+            summary="What one worker does of a task and model", responses=responses(422))  # fmt: skip
 
     def submit(self, submission: Submission, response: Response) -> dict[str, Any]:
         """Idempotent: the id is made of what is asked for, so the same body again goes on with the same job."""
@@ -169,6 +173,10 @@ class Routes:
     def backlog(self, query: Annotated[BacklogQuery, Query()]) -> dict[str, Any]:
         """For autoscalers: chunks in flight and jobs that are not planned yet count, so it is 0 at the end only."""
         return asdict(lifecycle.backlog(self._ledger, self._settings, query.model, query.without_model))
+
+    def speed(self, query: Annotated[SpeedQuery, Query()]) -> dict[str, Any]:
+        """For estimates: rows / (workers * rows_per_second) seconds."""
+        return {"rows_per_second": lifecycle.speed(self._ledger, self._settings, query.task, query.model)}
 
 
 def _event(view: dict[str, Any]) -> bytes:

@@ -107,7 +107,8 @@ def test_large_bodies_are_refused(api: httpx.Client) -> None:
 ROUTES = (
     ("POST", "/v1/jobs"), ("GET", "/v1/jobs"), ("GET", "/v1/jobs/j"), ("POST", "/v1/jobs/j/cancel"),
     ("POST", "/v1/jobs/j/pause"), ("POST", "/v1/jobs/j/resume"), ("POST", "/v1/jobs/j/retry"),
-    ("GET", "/v1/jobs/j/errors"), ("GET", "/v1/jobs/j/events"), ("GET", "/v1/backlog"), ("GET", "/v1/nothing"),
+    ("GET", "/v1/jobs/j/errors"), ("GET", "/v1/jobs/j/events"), ("GET", "/v1/backlog"), ("GET", "/v1/speed"),
+    ("GET", "/v1/nothing"),
 )  # fmt: skip
 
 

@@ -7,15 +7,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from api import TOKEN, serving
 from servers import RedisServer, S3Server
 
 from orchestrator.contract import Hint, Row, result_row
 from orchestrator.jobs import claim_output, make_spec
+from orchestrator.ledger import Ledger
 from orchestrator.parts import part_key, put_part
 from orchestrator.plan import make_plan
-from orchestrator.settings import load_settings
+from orchestrator.scheduling import speed_key
+from orchestrator.settings import Settings, load_settings
 from orchestrator.storage import open_store
 
 HEAVY = {"torch", "numpy", "PIL", "boto3", "celery", "redis", "pydantic", "pyarrow", "transformers"}
@@ -94,6 +98,43 @@ def test_plan_is_a_dry_run(tmp_path: Path) -> None:
     assert json.loads(blip_batch("plan", tmp_path / "pictures", "--json").stdout)["format"] == "folder"
 
 
+def test_plan_estimates_by_what_the_cluster_was_seen_to_do(settings: Settings, tmp_path: Path) -> None:
+    """Through Redis and over HTTP; 6 rows/s of a lease, two leases a worker."""
+    (tmp_path / "m.txt").write_text("a.jpg\n" * 120)
+
+    def plan(*more: str, **environment: str) -> dict[str, Any]:
+        done = blip_batch("plan", tmp_path / "m.txt", "--model", "demo", "--json", *more, **environment)
+        assert done.returncode == 0, done.stderr
+        report: dict[str, Any] = json.loads(done.stdout)
+        return report
+
+    unseen = plan()
+    assert unseen["estimate"] is None
+    assert "give --rows-per-second (the cluster has done none yet)" in unseen["estimate_note"]
+    ledger = Ledger.connect(settings)
+    ledger._redis.hset("blip:speeds", speed_key("caption", "demo"), 6)
+    ledger.worker_seen("w", {"slots": 2})
+    ledger.close()
+    expected = {"seconds": 5.0, "workers": 2, "cost": 10.0}
+    with serving(settings) as url:
+        over_http = {"BLIP_API_URL": url, "BLIP_API_TOKEN": TOKEN, "BLIP_REDIS_URL": "redis://127.0.0.1:1/0"}
+        for environment in ({}, over_http):
+            report = plan("--workers", "2", BLIP_PRICE_PER_WORKER_HOUR="3600", **environment)
+            assert report["estimate"] == expected
+            assert report["estimate_note"] == "by 12.0 rows/s of a worker, as the cluster lately did caption with demo"
+        assert plan("--task", "vqa", **over_http)["estimate"] is None
+    assert "127.0.0.1:1" in plan(BLIP_REDIS_URL="redis://127.0.0.1:1/0")["estimate_note"]  # away: the plan is there
+
+
+def test_plan_says_what_an_estimate_needs(tmp_path: Path) -> None:
+    (tmp_path / "m.txt").write_text("a.jpg\n")
+    last = blip_batch("plan", tmp_path / "m.txt").stdout.splitlines()[-1]
+    assert last == (
+        "estimate    none: nobody knows how fast caption with Salesforce/blip-image-captioning-base is; give "
+        "--rows-per-second, or the BLIP_API_URL or BLIP_REDIS_URL of a cluster that has done some"
+    )
+
+
 def test_plan_of_a_manifest_on_s3(s3_server: S3Server) -> None:
     open_store("s3://blip").put("in/list.txt", b"s3://blip/a.jpg\n" * 100)
     report = json.loads(blip_batch("plan", "s3://blip/in/list.txt", "--json").stdout)
@@ -114,6 +155,12 @@ def test_plan_of_a_manifest_on_s3(s3_server: S3Server) -> None:
         (["plan", "{tmp}"], "no images below it"),
         (["plan", "{tmp}/m.csv", "--format", "xml"], "unknown manifest format 'xml'"),
         (["plan", "{tmp}/m.csv", "--task", "x"], "unknown task 'x'"),
+        (["plan", "{tmp}/m.csv", "--chunk-rows", "-5"], "'--chunk-rows': Input should be greater than or equal to 1"),
+        (["plan", "{tmp}/m.csv", "--chunk-rows", "10000000000"], "'--chunk-rows': Input should be less than or equal"),
+        (["plan", "{tmp}/m.csv", "--rows-per-second", "nan"], "--rows-per-second"),
+        (["plan", "{tmp}/m.csv", "--cost-per-hour", "inf"], "--cost-per-hour"),
+        (["plan", "{tmp}/m.csv", "--workers", "10000000000"], "--workers"),
+        (["plan", "/nonexistent", "--model", "no such"], "neither an existing directory nor a hub repository"),
         (["verify", "{tmp}"], "holds no job"),
         (["verify", "gs://x"], "only s3://"),
         (["orchestrator", "--redis-url", "http://x"], "BLIP_REDIS_URL"),

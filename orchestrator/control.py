@@ -346,10 +346,12 @@ class Controller:
 
         A manifest that cannot be read to its end does not claim the output: a mended one may be another job.
         """
-        if (plan := load_plan(store, self.settings)) is not None:
+        plan = load_plan(store, self.settings)
+        if plan is None:  # what can be known at once, before all of the manifest is read
+            require_rows(spec.manifest, spec.manifest_format, self.settings, spec.columns)
+        store.check_conditional_put()
+        if plan is not None:
             return plan, claim_output(spec, store)
-        require_rows(spec.manifest, spec.manifest_format, self.settings, spec.columns)
-        store.check_conditional_put()  # reading all of the manifest may take long
         worth = chunk_rows_for(self.ledger.speed(speed_key(spec.task, spec.model)))
         draft = read_whole(spec, store, self.settings, worth)
         record = claim_output(spec, store)

@@ -216,11 +216,11 @@ def check_owner(spec: JobSpec, store: Store) -> dict[str, Any] | None:
 
 
 def claim_output(spec: JobSpec, store: Store) -> dict[str, Any]:
-    """Makes the output the job's: probes the store, and writes job.json unless it is there. Returns job.json.
+    """Makes the output the job's: writes job.json unless it is there. Returns job.json.
 
-    Raises StorageError, or JobError (`output_taken`) when another job was first.
+    The store must have been probed (`Store.check_conditional_put`). Raises StorageError, or JobError (`output_taken`)
+    when another job was first.
     """
-    store.check_conditional_put()
     record = {
         "spec": spec.model_dump(),
         "options": asdict(options_for(spec.task, spec.options)),  # the defaults filled in

@@ -156,8 +156,7 @@ def read_whole(spec: JobSpec, store: Store, settings: Settings, worth: int | Non
         return draft_plan(source, source, spec.chunk_rows, worth)
     with staged(source, settings) as rows:
         key = f"plan/rows-{rows.sha256[:32]}.jsonl"
-        if store.head(key) is None:
-            store.put_file(key, rows.path)
+        store.put_file_new(key, rows.path)  # never again: a plan pins the version that was first
     return draft_plan(source, stored_rows(source, store, key), spec.chunk_rows, worth)
 
 

@@ -1,11 +1,13 @@
 """The S3 side of `storage`: boto3, one retry policy, and conditional writes."""
 
 import base64
+import contextlib
 import hashlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -41,6 +43,9 @@ _PASSING: Final = (
     ConnectionError,
     IncompleteReadError,
 )  # ends of connections, time-outs, short bodies
+_PIECE: Final = 8 * 2**20  # bytes of a large file that are sent at once; S3 takes 5 MiB at least
+_MOST_PIECES: Final = 10_000  # S3's own bound
+_SENDERS: Final = 4  # pieces on their way at once
 _DENIED: Final = "access denied; check the credentials and the bucket's policy"
 _MEANING: Final[Mapping[int, tuple[type[StorageError], str]]] = {
     401: (AccessDenied, _DENIED),
@@ -122,10 +127,14 @@ class S3Store(Store):
         if self._settings.allow_unconditional_put and self.head(key) is not None:
             return False
         body = self._body(key, data, metadata)
+        return self._unless_taken(key, lambda: self._client.put_object(**body, IfNoneMatch="*"))
+
+    def _unless_taken(self, key: str, write: Callable[[], object]) -> bool:
+        """Whether a conditional write wrote: False where the key is taken."""
 
         def put() -> bool:
             try:
-                self._client.put_object(**body, IfNoneMatch="*")
+                write()
             except ClientError as error:
                 if _status(error) == 412:
                     return False
@@ -135,12 +144,50 @@ class S3Store(Store):
         return self._ask(key, put)
 
     def _body(self, key: str, data: bytes, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-        digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-        return {**self._where(key), "Body": data, "ContentMD5": digest, "Metadata": dict(metadata or {})}
+        wanted = {**self._where(key), "Body": data, "ContentMD5": _content_md5(data)}
+        return {**wanted, "Metadata": dict(metadata or {})}
 
     def put_file(self, key: str, path: Path) -> None:
         sent = going_on()  # called for each block, in boto3's threads
         self._ask(key, lambda: self._client.upload_file(str(path), self.bucket, self.prefix + key, Callback=sent))
+
+    def put_file_new(self, key: str, path: Path) -> bool:
+        if self.head(key) is not None:  # spares sending it
+            return False
+        size = path.stat().st_size
+        return self.put_new(key, path.read_bytes()) if size <= _PIECE else self._put_pieces(key, path, size)
+
+    def _put_pieces(self, key: str, path: Path, size: int) -> bool:
+        """A multipart upload whose end is conditional, which boto3's own transfers cannot be."""
+        made = self._ask(key, lambda: self._client.create_multipart_upload(**self._where(key)))
+        upload = {**self._where(key), "UploadId": made["UploadId"]}
+        written = False
+        try:
+            pieces: Any = {"Parts": self._send_pieces(key, path, size, upload)}
+            written = self._unless_taken(key, lambda: self._client.complete_multipart_upload(
+                **upload, MultipartUpload=pieces, IfNoneMatch="*"))  # fmt: skip
+        except ObjectNotFound:  # the upload has ended: by a try whose answer was lost, or as the store's own doing
+            if self.head(key) is None:
+                raise StoreUnavailable(f"{self.uri(key)}: the store lost an upload before its end") from None
+        finally:
+            if not written:
+                with contextlib.suppress(ClientError, BotoCoreError):  # what is left is the bucket's to clear away
+                    self._client.abort_multipart_upload(**upload)
+        return written
+
+    def _send_pieces(self, key: str, path: Path, size: int, upload: Mapping[str, Any]) -> Sequence[Any]:
+        step = max(_PIECE, -(-size // _MOST_PIECES))
+
+        def send(number: int) -> dict[str, Any]:
+            with path.open("rb") as file:
+                file.seek((number - 1) * step)
+                data = file.read(step)
+            sent = {**upload, "PartNumber": number, "Body": data, "ContentMD5": _content_md5(data)}
+            answer = self._ask(key, lambda: self._client.upload_part(**sent))
+            return {"PartNumber": number, "ETag": answer["ETag"]}
+
+        with ThreadPoolExecutor(_SENDERS, thread_name_prefix="upload") as pool:
+            return list(pool.map(send, range(1, -(-size // step) + 1)))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         token: dict[str, Any] = {}
@@ -190,6 +237,10 @@ def _as_storage_error(uri: str, error: BaseException | None) -> StorageError:
         return AccessDenied(f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile")
     kind = StoreUnavailable if isinstance(error, _PASSING) else StorageError
     return kind(f"{uri}: {' '.join(str(error).split())}")
+
+
+def _content_md5(data: bytes) -> str:
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
 def _status(error: ClientError) -> int:

@@ -1,7 +1,7 @@
 """Object storage: one small interface over S3 and local folders. Truth lives here; Redis only coordinates.
 
-A store is bound to a prefix, and keys are relative to it. `put_new` is atomic on both: the whole object appears at
-once, and only if nothing was there.
+A store is bound to a prefix, and keys are relative to it. `put_new` and `put_file_new` are atomic on both: the whole
+object appears at once, and only if nothing was there.
 """
 
 import contextlib
@@ -60,6 +60,10 @@ class Store(ABC):
     @abstractmethod
     def put_file(self, key: str, path: Path) -> None:
         """Writes a file of any size, over an older object if there is one."""
+
+    @abstractmethod
+    def put_file_new(self, key: str, path: Path) -> bool:
+        """Writes a file of any size unless the key is taken. False: it was (perhaps by our own lost answer)."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -127,26 +131,32 @@ class LocalStore(Store):
         if os.path.lexists(path):
             return False
         with _errors_of(path, writing=True), _temporary(path, data) as temporary:
-            try:
-                path.hardlink_to(temporary)  # atomic, and refuses to overwrite; rename would not
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}:
-                    raise
-                raise StorageError(f"{self.root}: this file system has no hard links; write to another one") from error
-        return True
+            return self._link_new(temporary, path)
 
     def put_file(self, key: str, path: Path) -> None:
         target = self._path(key)
-        with _errors_of(target, writing=True), path.open("rb") as source, _temporary(target) as temporary:
-            with temporary.open("wb") as file:
-                while block := source.read(2**20):
-                    go_on()
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
+        with _errors_of(target, writing=True), _temporary(target) as temporary:
+            _copy(path, temporary)
             temporary.replace(target)
+
+    def put_file_new(self, key: str, path: Path) -> bool:
+        target = self._path(key)
+        if os.path.lexists(target):
+            return False
+        with _errors_of(target, writing=True), _temporary(target) as temporary:
+            _copy(path, temporary)
+            return self._link_new(temporary, target)
+
+    def _link_new(self, temporary: Path, path: Path) -> bool:
+        try:
+            path.hardlink_to(temporary)  # atomic, and refuses to overwrite; rename would not
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}:
+                raise
+            raise StorageError(f"{self.root}: this file system has no hard links; write to another one") from error
+        return True
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         folder = prefix.rpartition("/")[0]
@@ -208,6 +218,16 @@ def _temporary(path: Path, data: bytes | None = None) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The bytes of a file into another one, safely on disk."""
+    with source.open("rb") as read, target.open("wb") as write:
+        while block := read.read(2**20):
+            go_on()
+            write.write(block)
+        write.flush()
+        os.fsync(write.fileno())
 
 
 def _umask() -> int:

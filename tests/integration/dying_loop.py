@@ -46,7 +46,7 @@ def live(job: str, writes: int) -> None:
     count = Countdown(writes)
     Ledger._run = count.before(Ledger._run)  # type: ignore[method-assign]
     control.publish = count.before(control.publish)  # type: ignore[assignment]
-    for name in ("put", "put_new", "put_file"):
+    for name in ("put", "put_new", "put_file", "put_file_new"):
         setattr(LocalStore, name, count.before(getattr(LocalStore, name)))
     controller = Controller(load_settings())
     while True:

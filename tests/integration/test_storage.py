@@ -1,5 +1,6 @@
 """One behaviour on every store: local folders, moto (conditional put), and rclone (without it)."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -99,7 +100,38 @@ def test_files_of_any_size_are_uploaded(store: Store, tmp_path: Path) -> None:
     assert store.get("errors.jsonl", 8_388_600, 8_388_616) == source.read_bytes()[8_388_600:8_388_616]
 
 
-def test_a_store_without_conditional_put_is_refused_until_it_is_accepted(rclone_s3: RcloneServer) -> None:
+@pytest.mark.parametrize("size", [100, 10_240_000])  # 10 MB: several parts on S3
+def test_a_file_is_written_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """The first one stays as it is, its version too, also for a writer that did not see it when it looked."""
+    for name in ("first", "second"):
+        (tmp_path / name).write_bytes(name.encode() * size)
+    assert store.put_file_new("plan/rows", tmp_path / "first")
+    before = store.head("plan/rows")
+    assert not store.put_file_new("plan/rows", tmp_path / "second")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "head", lambda *_: None)
+        patch.setattr(os.path, "lexists", lambda _: False)
+        assert not store.put_file_new("plan/rows", tmp_path / "second")
+    assert store.head("plan/rows") == before
+    assert store.get("plan/rows") == (tmp_path / "first").read_bytes()
+    assert [info.key for info in store.list()] == ["plan/rows"]
+
+
+def test_no_upload_is_left_behind(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the one that was second, nor by one that fails."""
+    store, client = open_store("s3://blip"), s3_client(5.0)
+    (tmp_path / "big").write_bytes(b"x" * 10_000_000)
+    assert store.put_file_new("rows", tmp_path / "big")
+    monkeypatch.setattr(type(store), "head", lambda *_: None)  # as if the other one was not there yet
+    assert not store.put_file_new("rows", tmp_path / "big")
+    with pytest.raises(FileNotFoundError):
+        store._put_pieces("rows", tmp_path / "absent", 10_000_000)  # type: ignore[attr-defined]
+    assert "Uploads" not in client.list_multipart_uploads(Bucket="blip")
+
+
+def test_a_store_without_conditional_put_is_refused_until_it_is_accepted(
+    rclone_s3: RcloneServer, tmp_path: Path
+) -> None:
     with pytest.raises(StorageError, match="BLIP_ALLOW_UNCONDITIONAL_PUT"):
         open_store("s3://blip/out").check_conditional_put()
     accepting = open_store("s3://blip/out2", load_settings(allow_unconditional_put=True))
@@ -107,10 +139,12 @@ def test_a_store_without_conditional_put_is_refused_until_it_is_accepted(rclone_
     assert accepting.put_new("part", b"first")
     assert not accepting.put_new("part", b"second")
     assert accepting.get("part") == b"first"
+    (tmp_path / "rows").write_bytes(b"rows")
+    assert [accepting.put_file_new("rows", tmp_path / "rows") for _ in range(2)] == [True, False]
     head = accepting.head("part")
     assert head is not None
     assert accepting.get("part", 1, 3, etag=head.etag) == b"ir"
-    assert [info.key for info in accepting.list()] == ["part", "plan/probe"]
+    assert [info.key for info in accepting.list()] == ["part", "plan/probe", "rows"]
 
 
 def test_mistakes_are_named(s3_server: S3Server, tmp_path: Path) -> None:

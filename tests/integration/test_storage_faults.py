@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from faulty_proxy import Fault, FaultyProxy
@@ -47,6 +48,20 @@ def test_a_put_whose_answer_was_lost_is_there_once(proxy: FaultyProxy, store: St
     assert not store.put_new("part", DATA)  # the first try was obeyed: the second meets 412, as if another was first
     assert store.get("part") == DATA
     assert not store.put_new("part", b"other")
+
+
+@pytest.mark.parametrize("fault", ["reset_after", 503])
+@pytest.mark.parametrize("nth", [0, 1, 2, 3])
+def test_a_large_file_is_there_once_whatever_fails(
+    proxy: FaultyProxy, store: Store, tmp_path: Path, fault: Fault, nth: int
+) -> None:
+    """`nth`: the request that fails: one to begin, two pieces, and the conditional end."""
+    proxy.methods = {"POST", "PUT"}
+    (tmp_path / "rows").write_bytes(DATA * 900)
+    proxy.script.extend(["pass"] * nth + [fault])
+    assert store.put_file_new("plan/rows", tmp_path / "rows")  # ending an upload that has ended is no error
+    assert store.get("plan/rows") == DATA * 900
+    assert not store.put_file_new("plan/rows", tmp_path / "rows")
 
 
 def test_a_412_is_an_answer_not_a_failure(proxy: FaultyProxy, store: Store) -> None:

@@ -5,6 +5,8 @@ import csv
 import gzip
 import io
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from orchestrator import storage
 from orchestrator.contract import FORMATS, BadRow, JobSpec, Row
 from orchestrator.dry_run import dry_run
 from orchestrator.errors import ManifestError
@@ -396,6 +399,25 @@ def test_the_dry_run_tells_format_rows_and_bad_ones(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     assert dry_run(str(tmp_path), "caption", None, None, {})["skipped"] == {"keys that are no images": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "m.csv.gz"]
+
+
+def test_two_planners_at_once_make_one_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find no rows staged and write them: the version that a plan pins must stay."""
+    (tmp_path / "m.csv").write_text("image\na.jpg\n")
+    both, write = threading.Barrier(2), storage._temporary
+
+    def together(path: Path, *data: bytes) -> Any:
+        if path.name.startswith("rows-"):
+            both.wait(30)
+        return write(path, *data)
+
+    monkeypatch.setattr(storage, "_temporary", together)
+    with ThreadPoolExecutor(2) as pool:
+        plans = list(pool.map(lambda _: plan_of(tmp_path / "m.csv", tmp_path / "out"), range(2)))
+    for plan in plans:
+        plan.check_manifest()
+        assert [row.image for row in rows_of(plan)] == ["a.jpg"]
+    assert plans[0] == plans[1]
 
 
 def test_a_staged_plan_is_its_own_copy(tmp_path: Path) -> None:

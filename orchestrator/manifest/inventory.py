@@ -22,9 +22,10 @@ from ..settings import Settings
 from ..storage import open_object
 from .formats import is_image
 from .source import Source, StoredFile, compression_of, decompressed
-from .tables import local_copy, md5
+from .tables import local_copy, md5, slices
 
 _LARGEST: Final = 256 * 2**20  # bytes of a manifest.json
+_BATCH: Final = 4096  # rows of Parquet and ORC as Python values at once
 _SIDECAR: Final = "manifest.checksum"  # beside manifest.json, of which it holds the MD5
 _FIELDS: Final = ("bucket", "key", "islatest", "isdeletemarker")  # the last two only where versions are listed
 
@@ -163,33 +164,33 @@ def _columnar(where: str, part: Source, wanted: str, inventory: _Inventory) -> I
         import pyarrow  # noqa: PLC0415
 
         try:
-            for batch in batches(where, path):
-                yield from _rows(batch)
+            for names, batch in batches(where, path):
+                yield from _rows(names, batch)
         except (pyarrow.ArrowException, OSError) as error:
             raise ManifestError(f"{where}: {part.uri}: damaged: {' '.join(str(error).split())[:300]}") from None
 
 
-def _parquet_batches(where: str, path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_batches(where: str, path: Path) -> Iterator[tuple[dict[str, str], Any]]:
     from pyarrow import parquet  # noqa: PLC0415
 
     with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
         names = _names(where, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=4096, columns=list(names.values())):
-            yield {name: batch.column(there) for name, there in names.items()}
+        for batch in file.iter_batches(batch_size=_BATCH, columns=list(names.values())):
+            yield names, batch
 
 
-def _orc_batches(where: str, path: Path) -> Iterator[dict[str, Any]]:
+def _orc_batches(where: str, path: Path) -> Iterator[tuple[dict[str, str], Any]]:
     from pyarrow import orc  # noqa: PLC0415
 
     file = orc.ORCFile(path)
     names = _names(where, file.schema.names)
     for stripe in range(file.nstripes):
-        batch = file.read_stripe(stripe, columns=list(names.values()))
-        yield {name: batch.column(there) for name, there in names.items()}
+        for batch in slices(file.read_stripe(stripe, columns=list(names.values())), _BATCH):
+            yield names, batch
 
 
-def _rows(batch: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
-    columns = [batch[name].to_pylist() if name in batch else repeat(None) for name in _FIELDS]
+def _rows(names: Mapping[str, str], batch: Any) -> Iterator[tuple[Any, ...]]:
+    columns = [batch.column(names[name]).to_pylist() if name in names else repeat(None) for name in _FIELDS]
     for bucket, key, latest, deleted in zip(*columns):  # noqa: B905 -- `repeat` has no end
         yield _text(bucket), _text(key), latest, deleted
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -21,8 +20,7 @@ from .inventory import inventory_lines, read_inventory
 from .source import Source, no_images, open_manifest, opened
 from .tables import csv_lines, parquet_lines
 
-_BATCH: Final = 4096  # lines written at once
-_BLOCK: Final = 2**20  # bytes copied at once
+_BLOCK: Final = 2**20  # bytes written at once, or one line
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,13 @@ def _blocks(source: Source, settings: Settings, skipped: Counter[str]) -> Iterat
             while block := stream.read(_BLOCK):
                 yield block
         return
-    lines = iter(_lines(source, settings, skipped))
-    while block := b"".join(islice(lines, _BATCH)):
-        yield block
+    lines = bytearray()
+    for line in _lines(source, settings, skipped):
+        lines += line
+        if len(lines) >= _BLOCK:
+            yield bytes(lines)
+            lines.clear()
+    yield bytes(lines)
 
 
 def _lines(source: Source, settings: Settings, skipped: Counter[str]) -> Iterable[bytes]:

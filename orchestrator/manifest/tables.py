@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 MAX_CELL: Final = 16 * 2**20  # characters; a longer cell is most likely a quote that was left open
-_BATCH: Final = 1024  # rows of Parquet in memory at once
+_BATCH: Final = 1024  # rows of Parquet in memory at once, of short ones
+_BYTES: Final = 8 * 2**20  # bytes of Parquet rows in memory at once, or one row
+_LOOKED_AT: Final = 16  # rows that tell how much room repeated values take, which a file holds once
 _BUFFER: Final = 2**20  # bytes of each Parquet column read at once
 _COPIED: Final = 2**20  # bytes
 
@@ -100,11 +102,34 @@ def parquet_lines(source: Source) -> Iterator[bytes]:
             with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
                 check_names(f"{source.uri}: the schema", file.schema_arrow.names, source.columns)
                 _check_image_type(source.uri, file.schema_arrow.field(source.columns.get("image", "image")))
-                for batch in file.iter_batches(batch_size=_BATCH):
+                for batch in _batches(file):
                     yield from map(_row_line, _python_rows(batch))
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             message = " ".join(str(error).split())[:300]
             raise ManifestError(f"{source.uri}: the Parquet data cannot be read: {message}") from None
+
+
+def _batches(file: Any) -> Iterator[Any]:
+    """A Parquet file's rows in order, few at a time where they are long."""
+    for group in range(file.num_row_groups):
+        said = file.metadata.row_group(group)
+        if said.num_rows == 0:
+            continue
+        size = _rows_of(said.total_byte_size, said.num_rows)
+        first = next(file.iter_batches(min(size, _LOOKED_AT), row_groups=[group]))
+        size = min(size, _rows_of(first.nbytes, len(first)))
+        for batch in file.iter_batches(size, row_groups=[group]):
+            yield from slices(batch, _rows_of(batch.nbytes, len(batch)))
+
+
+def _rows_of(size: int, rows: int) -> int:
+    """How many rows to hold at once, of which `rows` take `size` bytes."""
+    return max(1, min(_BATCH, _BYTES * rows // max(1, size)))
+
+
+def slices(batch: Any, rows: int) -> Iterator[Any]:
+    """A batch in pieces of so many rows: as Python values they take many times the room."""
+    return (batch.slice(start, rows) for start in range(0, len(batch), rows))
 
 
 def _python_rows(batch: Any) -> list[dict[str, Any]]:

@@ -228,7 +228,10 @@ def finished_summary(spec: JobSpec, settings: Settings) -> dict[str, Any] | None
     plan = load_plan(store, settings)
     if plan is None or store.head("summary.json") is None:
         return None
-    summary = read_summary(plan)
+    try:
+        summary = read_summary(plan)
+    except JobError:  # damaged: the job, whose parts are all there, writes it again
+        return None
     return summary if summary.get("round", 0) == len(load_rounds(plan)) else None
 
 

@@ -1,12 +1,13 @@
 """The end of a job: every part verified against the plan, failures gathered, the summary written."""
 
+import contextlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from .contract import JobSpec, JobState, to_line
+from .errors import JobError
 from .parts import PartInfo, as_manifest_row, count_codes
 from .plan import Plan
 from .rounds import SUMMARY_KEY, MergedChunk, is_complete, load_rounds, merged_chunks
@@ -47,26 +48,32 @@ def finalize(spec: JobSpec, plan: Plan, state: JobState) -> dict[str, Any] | Non
         for chunk in merged_chunks(plan):
             go_on()
             totals.add(chunk)
-            errors.writelines(to_line(as_manifest_row(failure, images)) for failure in chunk.failures)
-        errors.flush()
+            errors.write(b"".join(to_line(as_manifest_row(failure, images)) for failure in chunk.failures))
         if totals.failed or (rounds and plan.store.head(ERRORS_KEY) is not None):  # of the round before: now empty
-            plan.store.put_file(ERRORS_KEY, Path(errors.name))
+            plan.store.put_file(ERRORS_KEY, errors.path)
     return _write_summary(plan, _summary(spec, totals, state) | {"round": len(rounds)})
 
 
 def read_summary(plan: Plan) -> dict[str, Any]:
-    """The summary of a complete job. Raises ObjectNotFound when there is none."""
-    summary: dict[str, Any] = json.loads(plan.store.get(SUMMARY_KEY))
-    return summary
+    """The summary of a complete job. Raises ObjectNotFound when there is none, and JobError for what is no summary."""
+    try:
+        summary: dict[str, Any] = json.loads(plan.store.get(SUMMARY_KEY))
+        counted = set(summary["request_counts"]) == {"total", "completed", "failed"}
+        if counted and all({"key", "sha256"} <= set(part) for part in summary["parts"]):
+            return summary
+    except (ValueError, TypeError, KeyError):  # told below
+        pass
+    raise JobError("summary_invalid", f"{plan.store.uri(SUMMARY_KEY)} is damaged; delete it and run the job again")
 
 
 def _write_summary(plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
     """Writes the summary and returns the one that counts: an older one stays as long as it is of the same parts."""
     text = json.dumps(summary, indent=2).encode() + b"\n"
     if not plan.store.put_new(SUMMARY_KEY, text):
-        older = read_summary(plan)
-        if older.get("parts") == summary["parts"]:
-            return older
+        with contextlib.suppress(JobError):  # a damaged one is written anew
+            older = read_summary(plan)
+            if older["parts"] == summary["parts"]:
+                return older
         plan.store.put(SUMMARY_KEY, text)
     return summary
 

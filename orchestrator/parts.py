@@ -17,6 +17,9 @@ PREFIX: Final = "results/part-"  # of round 0, which holds every row
 _KEY: Final = re.compile(r"(?:results|rounds/[1-9]\d*)/part-(\d{8,})(\.jsonl|\.jsonl\.gz|\.parquet)", re.ASCII)
 _FORMATS: Final[dict[str, ResultFormat]] = {suffix: results for results, suffix in SUFFIXES.items()}
 _FIELDS: Final = {"row", "id", "image", "task", "result", "error", "input"}
+_TYPES: Final[dict[str, Any]] = {
+    "row": int, "image": str | None, "result": dict | None, "error": dict | None, "input": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +108,12 @@ def describe(store: Store, key: str) -> PartInfo | None:
 
 
 def read_part(store: Store, key: str) -> tuple[list[dict[str, Any]], str]:
-    """A part's records as they are, and the checksum of its bytes. Raises PartError and StorageError."""
+    """A part's records, and the checksum of its bytes. Raises PartError for what are no records, and StorageError."""
     data, named = store.get(key), _KEY.fullmatch(key)
     try:
         records = list(decode(data, _FORMATS[named[2]] if named else "jsonl"))
+        for number, record in enumerate(records, 1):
+            _check_shape(number, record)
     except ValueError as error:
         raise PartError(f"{store.uri(key)}: {error}; {_WAY_OUT}") from None
     return records, hashlib.sha256(data).hexdigest()
@@ -138,15 +143,22 @@ def check(
 _WAY_OUT: Final = "delete this part and run the job again"
 
 
-def _problem(record: dict[str, Any], expected: int) -> str | None:
+def _check_shape(number: int, record: dict[str, Any]) -> None:
+    """Raises ValueError unless it is a record as readers of results rely on."""
     if record.keys() != _FIELDS:
-        return f"the record of row {expected} has other keys than {', '.join(sorted(_FIELDS))}"
+        raise ValueError(f"record {number} has other keys than {', '.join(sorted(_FIELDS))}")
+    for name, kind in _TYPES.items():
+        if not isinstance(record[name], kind):
+            raise ValueError(f"record {number}: `{name}` is {type(record[name]).__name__}")
+    if record["error"] is not None and record["error"].get("code") not in ERROR_CODES:
+        raise ValueError(f"record {number} has an unknown error code")
+
+
+def _problem(record: dict[str, Any], expected: int) -> str | None:
     if record["row"] != expected:
         return f"row {record['row']} where row {expected} belongs"
     if (record["result"] is None) == (record["error"] is None):
         return f"row {expected} has neither result nor error, or both"
-    if record["error"] is not None and record["error"].get("code") not in ERROR_CODES:
-        return f"row {expected} has an unknown error code"
     return None
 
 

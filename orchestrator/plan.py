@@ -11,7 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from blip_engine.requests import Task
@@ -51,7 +51,7 @@ class Plan:
     _pages: "OrderedDict[int, list[Chunk]]" = field(default_factory=OrderedDict, compare=False, repr=False)
 
     def chunk(self, number: int) -> Chunk:
-        """Raises IndexError beyond the last one, and StorageError."""
+        """Raises IndexError beyond the last one, JobError (`plan_invalid`) and StorageError."""
         if not 0 <= number < self.chunks:
             raise IndexError(f"chunk {number} of {self.chunks}")
         return self._page(number // PAGE_CHUNKS)[number % PAGE_CHUNKS]
@@ -75,11 +75,20 @@ class Plan:
     def _page(self, number: int) -> list[Chunk]:
         page = self._pages.get(number)
         if page is None:
-            page = _read_page(json.loads(self.store.get(_page_key(self.hash, number))))
-            self._pages[number] = page
+            page = self._pages[number] = self._load_page(number)
             while len(self._pages) > _PAGES_KEPT:
                 self._pages.popitem(last=False)
         return page
+
+    def _load_page(self, number: int) -> list[Chunk]:
+        key, first = _page_key(self.hash, number), number * PAGE_CHUNKS
+        try:
+            page = _read_page(json.loads(self.store.get(key)))
+            if page[0].id == first and len(page) == min(PAGE_CHUNKS, self.chunks - first):
+                return page
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError):  # told below
+            pass
+        raise JobError("plan_invalid", f"{self.store.uri(key)} is no page of this plan; choose another output")
 
     def read_rows(self, chunk: Chunk, task: Task) -> list[Row | BadRow]:
         """The rows of a chunk. Raises JobError (`manifest_changed`) when the manifest is not the planned version."""
@@ -131,9 +140,12 @@ def load_plan(store: Store, settings: Settings) -> Plan | None:
     except ObjectNotFound:
         return None
     try:
-        return Plan(**json.loads(text), store=store, settings=settings)
-    except (ValueError, TypeError):
-        raise JobError("plan_invalid", f"{store.uri(PLAN_KEY)} is not a plan; choose another output") from None
+        plan = Plan(**json.loads(text), store=store, settings=settings)
+        if all(isinstance(getattr(plan, of.name), of.type) for of in fields(plan) if of.type in {str, int}):
+            return plan
+    except (ValueError, TypeError):  # told below
+        pass
+    raise JobError("plan_invalid", f"{store.uri(PLAN_KEY)} is not a plan; choose another output")
 
 
 def make_plan(spec: JobSpec, store: Store, settings: Settings, worth: int | None = None) -> Plan:
@@ -230,8 +242,9 @@ def _page_key(plan: str, page: int) -> str:
 
 def _read_page(content: dict[str, Any]) -> list[Chunk]:
     chunks = []
-    start, first_row = content["start"], content["first_row"]
-    for index, (end, rows) in enumerate(zip(content["ends"], content["rows"], strict=True)):
-        chunks.append(Chunk(content["first_chunk"] + index, start, end, first_row, rows))
+    first_chunk, start, first_row = array("q", [content[name] for name in ("first_chunk", "start", "first_row")])
+    ends, counts = array("q", content["ends"]), array("q", content["rows"])  # of whole numbers, else TypeError
+    for index, (end, rows) in enumerate(zip(ends, counts, strict=True)):
+        chunks.append(Chunk(first_chunk + index, start, end, first_row, rows))
         start, first_row = end, first_row + rows
     return chunks

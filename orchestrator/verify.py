@@ -1,15 +1,14 @@
 """An audit of an output, from object storage alone: is every row of the plan there, exactly once, as it was written?"""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from .errors import ObjectNotFound, StorageError, UsageError
-from .finalizer import Totals
+from .errors import JobError, ObjectNotFound, UsageError
+from .finalizer import Totals, read_summary
 from .parts import PREFIX, PartError, PartInfo, chunk_of, part_key, part_prefix
 from .plan import Plan, load_plan
-from .rounds import SUMMARY_KEY, Round, last_part, load_rounds, merged_chunk, round_key, wanted_key
+from .rounds import Round, last_part, load_rounds, merged_chunk, round_key, wanted_key
 from .settings import Settings, load_settings
 from .storage import open_store
 
@@ -45,7 +44,7 @@ class Audit:
 
 
 def verify(output: str, settings: Settings | None = None) -> Audit:
-    """Audits an output. Raises UsageError when there is no job, and StorageError when the store cannot be read."""
+    """Audits an output. Raises UsageError when there is no job, JobError when its plan is damaged, and StorageError."""
     settings = settings or load_settings()
     store = open_store(output, settings)
     plan = load_plan(store, settings)
@@ -107,12 +106,13 @@ def _audit_metadata(plan: Plan, key: str, part: PartInfo, audit: Audit) -> None:
 
 def _audit_summary(plan: Plan, totals: Totals, audit: Audit) -> None:
     try:
-        summary = json.loads(plan.store.get(SUMMARY_KEY))
+        summary = read_summary(plan)
     except ObjectNotFound:
         audit.report("summary.json is missing: the job is not complete")
         return
-    except ValueError:
-        raise StorageError(f"{plan.store.uri(SUMMARY_KEY)} is not JSON") from None
+    except JobError as error:
+        audit.report(str(error))
+        return
     if summary.get("round", 0) != audit.rounds - 1:
         audit.report(f"summary.json is of round {summary.get('round', 0)}: round {audit.rounds - 1} is not complete")
         return

@@ -21,6 +21,7 @@ NAMED_FORMATS: Final[frozenset[ManifestFormat]] = frozenset({"jsonl", "ground-tr
 DELIMITERS: Final = {"csv": ",", "tsv": "\t"}
 COMPRESSED_SUFFIXES: Final = (".gz", ".gzip", ".zst", ".zstd")
 
+HEAD: Final = 65_536  # bytes that tell the format
 #: First bytes of what is surely no text, and what to call it.
 _MAGIC: Final = {
     b"ORC": "ORC",
@@ -62,7 +63,7 @@ def detect(
     found = given or _text_format(uri, text, columns or {})
     if found in DELIMITERS:
         lines = io.StringIO(head.decode("utf-8-sig", errors="surrogateescape"), newline="")
-        read_header(uri, lines, found, columns or {})
+        read_header(uri, lines, found, columns or {}, whole=len(head) < HEAD)
     if columns and found not in NAMED_FORMATS:
         raise ManifestError(f"{uri} is read as {found}, which has no columns to rename; leave --column out")
     return found
@@ -129,13 +130,22 @@ def _is_batch_row(cells: Sequence[str]) -> bool:
     return len(cells) in {2, 3} and bool(_BUCKET.fullmatch(cells[0])) and is_image(unquote_plus(cells[1]))
 
 
-def read_header(uri: str, lines: Iterable[str], fmt: ManifestFormat, columns: Mapping[str, str]) -> list[str]:
-    """The names in a table's first line that is not blank. Raises ManifestError unless all that is needed is there."""
-    reader = csv.reader(lines, delimiter=DELIMITERS[fmt])
+def read_header(
+    uri: str, lines: Iterable[str], fmt: ManifestFormat, columns: Mapping[str, str], whole: bool = True
+) -> list[str]:
+    """The names in a table's first line that is not blank. Raises ManifestError unless all that is needed is there.
+
+    `whole`: `lines` are all lines of the table; else what cannot be read may be a cell that is cut, and gives no names.
+    """
+    reader = csv.reader(lines, delimiter=DELIMITERS[fmt], strict=True)
     try:
         header = next((cells for cells in reader if cells), [])
     except csv.Error as error:
-        raise ManifestError(f"{uri}: line {reader.line_num}: the header cannot be read: {error}") from None
+        if not whole:
+            return []
+        raise ManifestError(
+            f"{uri}: line {reader.line_num}: the header cannot be read: {error}; check its quotes"
+        ) from None
     check_names(f"{uri}: line {reader.line_num}: the header", header, columns)
     return header
 

@@ -163,11 +163,16 @@ def _columnar(where: str, part: Source, wanted: str, inventory: _Inventory) -> I
         batches = _orc_batches if inventory.file_format == "ORC" else _parquet_batches
         import pyarrow  # noqa: PLC0415
 
+        row = 0
         try:
             for names, batch in batches(where, path):
-                yield from _rows(names, batch)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ManifestError(f"{where}: {part.uri}: damaged: {' '.join(str(error).split())[:300]}") from None
+                for cells in _rows(names, batch):
+                    yield cells
+                    row += 1
+        except (pyarrow.ArrowException, OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+            raise ManifestError(
+                f"{where}: {part.uri}: damaged from row {row} on: {' '.join(str(error).split())[:300]}"
+            ) from None
 
 
 def _parquet_batches(where: str, path: Path) -> Iterator[tuple[dict[str, str], Any]]:
@@ -195,7 +200,9 @@ def _rows(names: Mapping[str, str], batch: Any) -> Iterator[tuple[Any, ...]]:
         yield _text(bucket), _text(key), latest, deleted
 
 
-def _text(value: str | bytes) -> str:
+def _text(value: object) -> str:
+    if not isinstance(value, str | bytes):
+        raise ValueError(f"a bucket or key is {value!r}, which is no text")
     return value if isinstance(value, str) else value.decode()
 
 

@@ -13,7 +13,7 @@ from ..contract import ManifestFormat
 from ..errors import ManifestError, ObjectChanged, StorageError
 from ..settings import Settings
 from ..storage import Store, is_s3, open_object, open_store
-from .formats import IMAGE_SUFFIXES, LINE_FORMATS, PARQUET, detect
+from .formats import HEAD, IMAGE_SUFFIXES, LINE_FORMATS, PARQUET, detect
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Compression: TypeAlias = Literal["gzip", "zstd"]
 
-HEAD: Final = 65_536  # bytes that tell the format
 _BLOCKS: Final = (64 * 2**10, 8 * 2**20)  # bytes of the first read and of the largest
 _MAGIC: Final[Mapping[bytes, Compression]] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from ..contract import ManifestFormat
-from ..errors import ManifestError, StorageError
+from ..errors import ManifestError
 from ..settings import Settings
 from ..stopping import go_on
 from ..storage import is_s3
@@ -52,14 +52,10 @@ def staged(source: Source, settings: Settings) -> Iterator[Staged]:
         for block in _blocks(source, settings, skipped):
             go_on()
             digest.update(block)
-            try:
-                file.write(block)
-            except OSError as error:
-                raise StorageError(f"{file.name}: {error.strerror}; give TMPDIR a folder with more room") from error
-        file.flush()
-        if file.tell() == 0:
+            file.write(block)
+        if file.size == 0:
             raise ManifestError(f"{source.uri} is empty; a manifest needs at least one row")
-        yield Staged(Path(file.name), digest.hexdigest(), dict(skipped))
+        yield Staged(file.path, digest.hexdigest(), dict(skipped))
 
 
 def _blocks(source: Source, settings: Settings, skipped: Counter[str]) -> Iterator[bytes]:

@@ -79,15 +79,14 @@ def _cells_line(number: int, header: Sequence[str], cells: Sequence[str]) -> byt
 
 @contextmanager
 def local_copy(source: Source, digest: "_Hash | None" = None) -> Iterator[Path]:
-    """The object's bytes as a temporary file, for readers that seek."""
+    """The object's bytes as a temporary file, for readers that seek. Raises ManifestError and StorageError."""
     raw = StoredFile(source.store, source.key, source.etag, source.size, digest)
     with temporary_file("blip-copy-") as file:
         with io.BufferedReader(raw, _COPIED) as stream:
             while block := stream.read(_COPIED):
                 go_on()
                 file.write(block)
-        file.flush()
-        yield Path(file.name)
+        yield file.path
 
 
 def parquet_lines(source: Source) -> Iterator[bytes]:

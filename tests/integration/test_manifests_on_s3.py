@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import pyarrow
 import pytest
 from conftest import make_bucket
 from harness import advance, ended, rows_of
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from manifest_files import EXPECTED, FILES, IMAGES, KEYS, MANIFEST, OBJECTS, WRITERS, put_inventory
 from mini_worker import MiniWorker
+from pyarrow import parquet
 from servers import MotoServer
 
 from orchestrator.contract import JobSpec, Row
@@ -155,6 +157,27 @@ def test_an_inventory_damaged_within(photos: Settings) -> None:
         s3_client(5.0).delete_object(Bucket="blip", Key=MANIFEST.removeprefix("s3://blip/").replace("json", "checksum"))
         with pytest.raises(ManifestError, match=word):
             plan_of(MANIFEST, settings=photos)
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        (pyarrow.array(["a.jpg", None]), "row 1 on: a bucket or key is None, which is no text"),
+        (pyarrow.array([b"a.jpg", b"\xff.jpg"], pyarrow.binary()), "row 1 on: 'utf-8' codec"),
+        (pyarrow.array([b"a.jpg", b"\xff.jpg"], pyarrow.binary()).view(pyarrow.string()), "row 0 on: 'utf-8' codec"),
+        (pyarrow.array([7, 8]), "row 0 on: a bucket or key is 7, which is no text"),
+    ],
+)
+def test_inventory_keys_that_are_no_text(photos: Settings, key: pyarrow.Array, says: str) -> None:
+    manifest = put_inventory("Parquet")
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table({"bucket": ["photos"] * 2, "key": key}), sink)
+    data = sink.getvalue().to_pybytes()
+    file = {**manifest["files"][0], "MD5checksum": hashlib.md5(data).hexdigest()}
+    put_inventory("Parquet", files=[file])
+    open_store("s3://blip").put(file["key"], data)
+    with pytest.raises(ManifestError, match=rf"files\[0\]: s3://blip/{file['key']}: damaged from {says}"):
+        plan_of(MANIFEST, settings=photos)
 
 
 # ── Versions ─────────────────────────────────────────────────────────────────────────────────────────────────────────

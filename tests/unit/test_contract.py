@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -205,10 +206,20 @@ def test_parts_are_checked_against_their_chunk(tmp_path: Path) -> None:
         (good.replace(b"crashed", b"bored"), "unknown error code"),
         (good.replace(b'"error":null', b'"error":{"code":"internal"}', 1), "neither result nor error, or both"),
         (b"{]\n" + good, "line 1: not a JSON object"),
+        (good.replace(b'{"code":"crashed","message":"died"}', b'"died"'), "record 2: `error` is str"),
+        (good.replace(b'"code":"crashed"', b'"code":["crashed"]'), "record 2 has an unknown error code"),
+        (good.replace(b'{"caption":"x"}', b'"x"', 1), "record 1: `result` is str"),
+        (good.replace(b'"input":{}', b'"input":null', 1), "record 1: `input` is NoneType"),
+        (good.replace(b'"input":{}', b'"output":{}', 1), "record 1 has other keys than error, id"),
     ):
         (tmp_path / part_key(2)).write_bytes(content)
         with pytest.raises(PartError, match=says):
             check(store, HINT.as_chunk())
+    for text in (b'"error":"died"', b'"error":{}', b'"error":{"code":{}}'):
+        damaged = re.sub(rb'"error":\{[^}]*\}', text, good)
+        (tmp_path / part_key(2)).write_bytes(damaged)
+        with pytest.raises(PartError, match="record 2"):
+            describe(store, part_key(2))
 
 
 def test_part_names() -> None:

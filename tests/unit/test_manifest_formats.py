@@ -5,6 +5,8 @@ import csv
 import gzip
 import io
 import json
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -214,6 +216,59 @@ def test_bad_rows_of_a_table_leave_their_neighbours_alone(tmp_path: Path) -> Non
     assert messages[4].startswith("line 8: not CSV")
     assert rows[3].passthrough == {"line": "\ufffd.jpg,z"}
     assert [rows[0].passthrough, rows[5].passthrough] == [{"note": "two\nlines"}, {"note": 'q "r"'}]
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.csv.gz"])
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        (b'"a"b,image\n1,x.jpg\n', "line 1: the header cannot be read: ',' expected after '\"'; check its quotes"),
+        (b'image,"open\nx.jpg,1\n', "line 2: the header cannot be read: unexpected end of data; check its quotes"),
+    ],
+)
+def test_a_header_that_is_no_csv_fails_the_job(tmp_path: Path, name: str, header: bytes, says: str) -> None:
+    for rows in (b"", b"y.jpg,2\n" * 20_000 + b'y.jpg,"quoted"\n'):  # and where the header is cut as its format is told
+        data = header + rows
+        with pytest.raises(ManifestError, match=says if not rows else "the header cannot be read") as caught:
+            planned(tmp_path, name, gzip.compress(data) if name.endswith("gz") else data)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_header_longer_than_what_tells_the_format(tmp_path: Path) -> None:
+    data = ",".join(["image", *(f'"name ""{n}"""' for n in range(6000))]) + "\n" + "x.jpg" + "," * 6000 + "\n"
+    assert len(data) > 80_000
+    (row,) = planned(tmp_path, "m.csv", data.encode())
+    assert row.image == "x.jpg"
+    assert len(row.passthrough) == 6000
+
+
+def test_no_room_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows, and of a copy of Parquet. The room is a limit of the process: EFBIG comes from the kernel."""
+    (tmp_path / "m.csv").write_bytes(b"image\n" + b"%s\n" % (b"x" * 1000) * 4000)
+    numbers = pyarrow.array(range(300_000))
+    parquet.write_table(pyarrow.table({"image": numbers.cast("string"), "n": numbers}), tmp_path / "m.parquet")
+    plans = """
+import resource, sys
+from orchestrator.errors import StorageError
+from orchestrator.manifest import open_manifest, staged
+from orchestrator.settings import load_settings
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+settings = load_settings()
+for name in sys.argv[1:]:
+    try:
+        with staged(open_manifest(name, None, settings), settings):
+            pass
+    except StorageError as error:
+        print(error)
+"""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    command = [sys.executable, "-c", plans, str(tmp_path / "m.csv"), str(tmp_path / "m.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    rows, copy = done.stdout.splitlines()
+    assert "blip-rows-" in rows
+    assert "blip-copy-" in copy
+    assert all(line.endswith("File too large; give TMPDIR a folder with more room") for line in (rows, copy))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv", "m.parquet"]
 
 
 def test_an_open_quote_fails_the_job_where_it_begins(tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""The audit of an output: what is damaged is told in one line, whatever it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import advance, caption_spec, ended, write_manifest
+from mini_worker import MiniWorker
+
+from orchestrator.contract import JobSpec
+from orchestrator.control import Controller
+from orchestrator.embedded import finished_summary
+from orchestrator.errors import JobError
+from orchestrator.finalizer import finalize
+from orchestrator.jobs import submit
+from orchestrator.plan import load_plan
+from orchestrator.settings import Settings
+from orchestrator.storage import open_store
+from orchestrator.verify import verify
+
+
+@pytest.fixture
+def job(settings: Settings, controller: Controller, tmp_path: Path) -> JobSpec:
+    """A job that is complete, in `out`: 30 rows in 3 parts."""
+    spec = caption_spec(write_manifest(tmp_path, 30), tmp_path / "out")
+    advance(controller, submit(controller.ledger, spec, settings), ended, MiniWorker(settings))
+    return spec
+
+
+def summaries(good: dict[str, Any]) -> list[str]:
+    part = {name: value for name, value in good["parts"][0].items() if name != "sha256"}
+    return [
+        "", "{", "[]", "{}", "null", '"x"', json.dumps({**good, "parts": None}), json.dumps({**good, "parts": [7]}),
+        json.dumps({**good, "parts": [part]}), json.dumps({**good, "request_counts": [1]}),
+    ]  # fmt: skip
+
+
+def test_a_damaged_summary_is_told_and_written_anew(
+    settings: Settings, controller: Controller, job: JobSpec, tmp_path: Path
+) -> None:
+    path, plan = tmp_path / "out/summary.json", load_plan(open_store(job.output), settings)
+    state = controller.ledger.state(job.id)
+    assert plan is not None
+    assert state is not None
+    for text in summaries(json.loads(path.read_text())):
+        path.write_text(text)
+        audit = verify(job.output)
+        assert audit.problems == [f"{path} is damaged; delete it and run the job again"], text
+        assert (audit.rows_found, audit.complete) == (30, False)
+        assert finished_summary(job, settings) is None
+        finalize(job, plan, state)
+        assert verify(job.output).ok
+
+
+def damage(text: str, change: dict[str, Any]) -> str:
+    return json.dumps({**json.loads(text), **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ends": None}, {"ends": ["x"]}, {"ends": []}, {"rows": [10, 10]}, {"rows": [10.5, 10, 10]}, {"start": "x"},
+        {"first_row": None}, {"first_chunk": 7}, {"ends": [10**30, 1, 1]},
+        {"ends": [1, 2], "rows": [1, 1]},
+    ],
+)  # fmt: skip
+def test_a_damaged_page_of_the_plan_is_told(job: JobSpec, tmp_path: Path, change: dict[str, Any]) -> None:
+    (page,) = (tmp_path / "out/plan").glob("*/chunks-00000.json")
+    page.write_text(damage(page.read_text(), change))
+    with pytest.raises(JobError, match=f"{page} is no page of this plan; choose another output") as caught:
+        verify(job.output)
+    assert caught.value.code == "plan_invalid"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "7", '"chunks-00000"', '{"ends": '])
+def test_a_page_that_is_none(job: JobSpec, tmp_path: Path, text: str) -> None:
+    (page,) = (tmp_path / "out/plan").glob("*/chunks-00000.json")
+    page.write_text(text)
+    with pytest.raises(JobError, match="is no page of this plan"):
+        verify(job.output)
+
+
+@pytest.mark.parametrize("change", [{"rows": "30"}, {"chunks": None}, {"etag": 7}, {"hash": []}, {"more": 1}])
+def test_a_damaged_plan_is_told(job: JobSpec, tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "out/plan/plan.json"
+    path.write_text(damage(path.read_text(), change))
+    with pytest.raises(JobError, match="is not a plan; choose another output"):
+        verify(job.output)
+
+
+def test_a_record_that_is_none_fails_the_job_with_the_part_s_name(
+    settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    spec, worker = caption_spec(write_manifest(tmp_path, 30), tmp_path / "out"), MiniWorker(settings)
+    job = submit(controller.ledger, spec, settings)
+    path = tmp_path / "out/results/part-00000001.jsonl"
+
+    def damaged(state: Any) -> bool:
+        if path.exists() and b'"error":null' in path.read_bytes():
+            path.write_bytes(path.read_bytes().replace(b'"error":null', b'"error":"none"', 1))
+        return bool(ended(state))
+
+    state = advance(controller, job, damaged, worker)
+    assert state.error is not None
+    assert state.error["code"] == "part_invalid"
+    assert f"{path}: record 1: `error` is str; delete this part" in state.error["message"]
+    assert [problem for problem in verify(spec.output).problems if str(path) in problem]

@@ -12,12 +12,12 @@ about follows from the parts before it, for every process alike.
 import json
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, groupby, islice
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from .contract import Chunk, ResultFormat
 from .errors import JobError, ObjectNotFound
@@ -25,6 +25,8 @@ from .parts import CheckedPart, PartError, PartInfo, check, chunk_of, describe, 
 from .plan import Plan
 from .stopping import as_here, go_on
 from .storage import LocalStore, Store
+
+T = TypeVar("T")
 
 SUMMARY_KEY: Final = "summary.json"  # what `finalizer` writes once every part is there
 _READERS: Final = 8
@@ -282,11 +284,17 @@ def _failures(
 
 def merged_chunks(plan: Plan) -> Iterator[MergedChunk]:
     """Every chunk, checked, in order; a bounded number of them in memory. Raises PartError and StorageError."""
-    rounds, chunks = load_rounds(plan), plan.all_chunks()
+    rounds = load_rounds(plan)
+    return each_chunk(plan, lambda chunk: merged_chunk(plan, chunk, rounds))
+
+
+def each_chunk(plan: Plan, look: Callable[[Chunk], T]) -> Iterator[T]:
+    """What `look`, which reads parts, returns for every chunk, in order; of a bounded number of them at once."""
+    chunks = plan.all_chunks()
     readers = 1 if isinstance(plan.store, LocalStore) else _READERS  # reading takes longer than checking, or less
     with ThreadPoolExecutor(readers, "parts", initializer=as_here()) as pool:
         while window := list(islice(chunks, _WINDOW)):
-            yield from pool.map(lambda chunk: merged_chunk(plan, chunk, rounds), window)
+            yield from pool.map(look, window)
 
 
 def latest_records(plan: Plan) -> Iterator[dict[str, Any]]:

@@ -1,14 +1,15 @@
 """An audit of an output, from object storage alone: is every row of the plan there, exactly once, as it was written?"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from .contract import Chunk
 from .errors import JobError, ObjectNotFound, UsageError
 from .finalizer import Totals, read_summary
 from .parts import PREFIX, PartError, PartInfo, chunk_of, part_key, part_prefix
 from .plan import Plan, load_plan
-from .rounds import Round, last_part, load_rounds, merged_chunk, round_key, wanted_key
+from .rounds import MergedChunk, Round, each_chunk, last_part, load_rounds, merged_chunk, round_key, wanted_key
 from .settings import Settings, load_settings
 from .storage import open_store
 
@@ -62,22 +63,26 @@ def verify(output: str, settings: Settings | None = None) -> Audit:
 def _audit_parts(plan: Plan, rounds: Sequence[Round], audit: Audit) -> Totals:
     _audit_names(plan, rounds, audit)
     totals = Totals()
-    for chunk in plan.all_chunks():
-        try:
-            merged = merged_chunk(plan, chunk, rounds)
-        except ObjectNotFound:
-            number, rows = last_part(chunk, rounds)
-            key, last = part_key(chunk.id, number, plan.results), chunk.first_row + chunk.rows - 1
-            which = f"rows {chunk.first_row} to {last}" if rows == chunk.rows else f"{rows} rows of round {number}"
-            audit.report(f"{key} is missing: {which}")
-            continue
-        except PartError as error:
-            audit.report(str(error))
-            continue
-        for _, part in merged.parts:
-            _audit_metadata(plan, part.key, part.info, audit)
-        totals.add(merged)
+    for merged, problems in each_chunk(plan, lambda chunk: _look(plan, chunk, rounds)):
+        for problem in problems:
+            audit.report(problem)
+        if merged is not None:
+            totals.add(merged)
     return totals
+
+
+def _look(plan: Plan, chunk: Chunk, rounds: Sequence[Round]) -> tuple[MergedChunk | None, list[str]]:
+    """A chunk's parts, if they can be read, and what is wrong with them."""
+    try:
+        merged = merged_chunk(plan, chunk, rounds)
+    except ObjectNotFound:
+        number, rows = last_part(chunk, rounds)
+        key, last = part_key(chunk.id, number, plan.results), chunk.first_row + chunk.rows - 1
+        which = f"rows {chunk.first_row} to {last}" if rows == chunk.rows else f"{rows} rows of round {number}"
+        return None, [f"{key} is missing: {which}"]
+    except PartError as error:
+        return None, [str(error)]
+    return merged, [problem for _, part in merged.parts for problem in _metadata_problems(plan, part.key, part.info)]
 
 
 def _audit_names(plan: Plan, rounds: Sequence[Round], audit: Audit) -> None:
@@ -94,14 +99,14 @@ def _audit_names(plan: Plan, rounds: Sequence[Round], audit: Audit) -> None:
             audit.report(f"{info.key}: no chunk of a round")
 
 
-def _audit_metadata(plan: Plan, key: str, part: PartInfo, audit: Audit) -> None:
+def _metadata_problems(plan: Plan, key: str, part: PartInfo) -> Iterator[str]:
     """Where the store keeps metadata (S3): what the part's writer said of it must be what it is."""
     head = plan.store.head(key)
     known = head.metadata if head else {}
     actual = {"rows": str(part.rows), "failed": str(part.failed), "sha256": part.sha256, "plan": plan.hash}
     for name, value in actual.items():
         if known.get(name, value) != value:
-            audit.report(f"{key}: its {name} is {value}, its metadata says {known[name]}")
+            yield f"{key}: its {name} is {value}, its metadata says {known[name]}"
 
 
 def _audit_summary(plan: Plan, totals: Totals, audit: Audit) -> None:

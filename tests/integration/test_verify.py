@@ -1,12 +1,14 @@
 """The audit of an output: what is damaged is told in one line, whatever it is."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import advance, caption_spec, ended, write_manifest
 from mini_worker import MiniWorker
+from servers import MotoServer
 
 from orchestrator.contract import JobSpec
 from orchestrator.control import Controller
@@ -14,6 +16,7 @@ from orchestrator.embedded import finished_summary
 from orchestrator.errors import JobError
 from orchestrator.finalizer import finalize
 from orchestrator.jobs import submit
+from orchestrator.parts import part_key
 from orchestrator.plan import load_plan
 from orchestrator.settings import Settings
 from orchestrator.storage import open_store
@@ -26,6 +29,37 @@ def job(settings: Settings, controller: Controller, tmp_path: Path) -> JobSpec:
     spec = caption_spec(write_manifest(tmp_path, 30), tmp_path / "out")
     advance(controller, submit(controller.ledger, spec, settings), ended, MiniWorker(settings))
     return spec
+
+
+def test_parts_on_s3_are_read_some_at_once_and_told_in_order(
+    s3_server: MotoServer, settings: Settings, controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store("s3://blip/out")
+    rows = b"".join(b"s3://blip/%d.jpg\n" % n for n in range(40))
+    open_store("s3://blip/in").put("list.txt", rows)
+    spec = caption_spec("s3://blip/in/list.txt", "s3://blip/out", chunk_rows=1)
+    advance(controller, submit(controller.ledger, spec, settings), ended, MiniWorker(settings), 60)
+    assert verify(spec.output).ok
+    wrong = range(3, 40, 4)
+    for chunk in wrong:
+        store.put(part_key(chunk), b"damaged" * chunk)
+    met = threading.Barrier(8)  # the readers; all of them are needed to go on
+    kind = type(store)
+    get = kind.get
+
+    def together(self: Any, key: str, *span: int, **more: Any) -> bytes:
+        if key in {part_key(chunk) for chunk in range(8)}:
+            met.wait(60)
+        return get(self, key, *span, **more)
+
+    monkeypatch.setattr(kind, "get", together)
+    audit = verify(spec.output)
+    assert audit.problems[:-1] == [
+        f"s3://blip/out/{part_key(chunk)}: its last line is cut off; delete this part and run the job again"
+        for chunk in wrong
+    ]
+    assert "summary.json counts" in audit.problems[-1]
+    assert (audit.rows_found, audit.parts, audit.chunks) == (30, 30, 40)
 
 
 def summaries(good: dict[str, Any]) -> list[str]:

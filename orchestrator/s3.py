@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import hashlib
+import os
 import random
 import threading
 import time
@@ -73,8 +74,10 @@ def s3_client(timeout: float) -> "S3Client":
             response_checksum_validation="when_required",
         )
         session = boto3.session.Session()  # a new one: the default session remembers old credentials
+        # boto3 knows AWS_DEFAULT_REGION and profiles; AWS_REGION is what other SDKs read, and EKS sets in its pods.
         # Stores other than AWS do not care for the region, and AWS redirects.
-        return session.client("s3", config=config, region_name=session.region_name or "us-east-1")
+        region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
+        return session.client("s3", config=config, region_name=region)
 
 
 _client_lock: Final = threading.Lock()

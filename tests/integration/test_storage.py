@@ -8,7 +8,9 @@ import pytest
 from conftest import make_bucket
 from servers import RcloneServer, S3Server
 
+from orchestrator import s3_images
 from orchestrator.errors import AccessDenied, ObjectChanged, ObjectNotFound, StorageError, UsageError
+from orchestrator.fetch import fetch
 from orchestrator.s3 import s3_client
 from orchestrator.settings import load_settings
 from orchestrator.storage import LocalStore, Store, open_object, open_store
@@ -169,6 +171,33 @@ def test_credentials_are_asked_for(s3_server: S3Server, monkeypatch: pytest.Monk
     s3_client.cache_clear()
     with pytest.raises(AccessDenied, match="no S3 credentials"):
         open_store("s3://blip").head("x")
+
+
+@pytest.mark.parametrize(
+    ("variables", "region"),
+    [
+        ({}, "us-east-1"),
+        ({"AWS_REGION": "eu-central-1"}, "eu-central-1"),
+        ({"AWS_REGION": ""}, "us-east-1"),
+        ({"AWS_REGION": "eu-central-1", "AWS_DEFAULT_REGION": "eu-west-3"}, "eu-west-3"),
+        ({"AWS_REGION": "eu-central-1", "AWS_PROFILE": "work"}, "ap-south-1"),
+    ],
+)
+def test_the_region(
+    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], region: str
+) -> None:
+    """It is what requests are signed for: the client's own, and those for images."""
+    (tmp_path / "config").write_text("[profile work]\nregion = ap-south-1\n")
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    for name, value in {**variables, "AWS_CONFIG_FILE": str(tmp_path / "config")}.items():
+        monkeypatch.setenv(name, value)
+    s3_client.cache_clear()
+    open_store("s3://blip").put("a.jpg", b"x")
+    for _ in range(2):  # the second one is signed without the client
+        assert fetch("s3://blip/a.jpg", 10, 5) == b"x"
+    client = s3_client(5 / 3)
+    assert client.meta.region_name == region
+    assert s3_images._getter_of(client)._places["blip"].region == region
 
 
 def test_hidden_and_half_written_files_are_not_listed(tmp_path: Path) -> None:

@@ -63,6 +63,25 @@ def test_a_prefix_in_key_order(s3_server: MotoServer) -> None:
         plan_of("s3://blip/none/", "s3://blip/out2")
 
 
+#: Without control characters, which moto has no address for, nor for `//` and `.` between slashes.
+kept = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"], exclude_characters="/."), max_size=9)
+listed = st.lists(kept.map(lambda name: f"x{name}"), min_size=1, max_size=3).map(lambda names: "/".join(names) + ".png")
+
+
+@hypothesis.settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(keys=st.lists(listed, min_size=1, max_size=5, unique=True))
+def test_prefixes_round_trip(s3_server: MotoServer, keys: list[str]) -> None:
+    prefix = f"s3://blip/{hashlib.md5(json.dumps(keys).encode()).hexdigest()}"
+    for key in [*keys, "notes.txt"]:
+        open_store(f"{prefix}/in").put(key, key.encode())
+    plan = plan_of(f"{prefix}/in/", f"{prefix}/out")
+    policy, images = plan.image_policy(), images_of(plan)
+    assert images == [f"{prefix}/in/{key}" for key in sorted(keys, key=str.encode)]
+    assert [fetch(policy.resolve(str(image)), 100, 5) for image in images] == [
+        str(image).removeprefix(f"{prefix}/in/").encode() for image in images
+    ]
+
+
 # ── S3 Inventory ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

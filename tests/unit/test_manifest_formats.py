@@ -1,9 +1,7 @@
 """Which format a manifest is, and what each of them becomes: rows, bad rows, or one line that says what is wrong."""
 
 import bz2
-import csv
 import gzip
-import io
 import json
 import subprocess
 import sys
@@ -12,45 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, quote_plus
 
 import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from manifests import plan_of, planned, rows_of, zstd
 from pyarrow import parquet
 
 from orchestrator import storage
-from orchestrator.contract import FORMATS, BadRow, JobSpec, Row
+from orchestrator.contract import FORMATS, BadRow, Row
 from orchestrator.dry_run import dry_run
 from orchestrator.errors import ManifestError
 from orchestrator.manifest import detect
-from orchestrator.plan import Plan, make_plan
-from orchestrator.rows import BOM
-from orchestrator.settings import load_settings
-from orchestrator.storage import open_store
-
-
-def zstd(data: bytes) -> bytes:
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(data)
-    return bytes(sink.getvalue())
-
-
-def plan_of(path: Path, out: Path, task: str = "caption", **more: Any) -> Plan:
-    spec = JobSpec(id="j", task=task, model="demo", manifest=str(path), output=str(out), created_at=0, **more)  # type: ignore[arg-type]
-    return make_plan(spec, open_store(str(out)), load_settings())
-
-
-def rows_of(plan: Plan, task: str = "caption") -> list[Row | BadRow]:
-    return [row for chunk in plan.all_chunks() for row in plan.read_rows(chunk, task)]  # type: ignore[arg-type]
-
-
-def planned(folder: Path, name: str, data: bytes, task: str = "caption", **more: Any) -> list[Row | BadRow]:
-    """The rows of a manifest after a whole plan, written and read back."""
-    (folder / name).write_bytes(data)
-    return rows_of(plan_of(folder / name, folder / f"out-{name}", task, **more), task)
 
 
 @pytest.mark.parametrize(
@@ -127,69 +99,6 @@ def test_what_is_no_manifest_is_refused_with_a_way_out(
         detect(name, head, given, columns)
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
-
-
-cell = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    cells=st.lists(st.tuples(cell.filter(str.strip), cell, cell), min_size=1, max_size=12), bom=st.booleans(),
-    newline=st.sampled_from(["\n", "\r\n"]), fmt=st.sampled_from(["csv", "tsv"]),
-    packing=st.sampled_from([None, gzip.compress, zstd]), everything=st.booleans(),
-)  # fmt: skip
-def test_tables_round_trip(
-    tmp_path_factory: pytest.TempPathFactory, cells: list[tuple[str, str, str]], bom: bool, newline: str, fmt: str,
-    packing: Any, everything: bool,
-) -> None:  # fmt: skip
-    everything = everything or any("\r" in cell for row in cells for cell in row)  # the writer forgets about it
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, delimiter="\t" if fmt == "tsv" else ",", lineterminator=newline,
-                        quoting=csv.QUOTE_ALL if everything else csv.QUOTE_MINIMAL)  # fmt: skip
-    writer.writerow(["other", "url", "id"])
-    writer.writerows((other, url, name) for url, name, other in cells)
-    data = (BOM if bom else b"") + text.getvalue().encode()
-    folder = tmp_path_factory.mktemp("table")
-    rows = planned(folder, f"m.{fmt}", packing(data) if packing else data, columns={"image": "url"})
-    assert [row.number for row in rows] == list(range(len(cells)))
-    for row, (url, name, other) in zip(rows, cells, strict=True):
-        assert isinstance(row, Row)
-        assert (row.image, row.id, row.passthrough) == (url, name or None, {"other": other})
-
-
-value = st.one_of(st.none(), st.booleans(), st.text(max_size=5), st.integers(-(2**63), 2**63 - 1))
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    images=st.lists(st.text(min_size=1, max_size=9).filter(str.strip), min_size=1, max_size=9),
-    extra=st.sampled_from([None, 7, -1.5, "x", [1, 2], {"a": [None, "é"]}]), packing=st.sampled_from(["zstd", "NONE"]),
-)  # fmt: skip
-def test_parquet_round_trips(
-    tmp_path_factory: pytest.TempPathFactory, images: list[str], extra: Any, packing: str
-) -> None:
-    folder = tmp_path_factory.mktemp("parquet")
-    table = [{"image": image, "id": number, "extra": extra} for number, image in enumerate(images)]
-    parquet.write_table(pyarrow.Table.from_pylist(table), folder / "m", compression=packing, row_group_size=2)
-    rows = rows_of(plan_of(folder / "m", folder / "out"))
-    assert [(row.image, row.id, row.passthrough) for row in rows] == [
-        (image, number, {"extra": extra}) for number, image in enumerate(images)
-    ]
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    lines=st.lists(st.binary(max_size=20).map(lambda line: line.translate(None, b"\n\0")), min_size=1, max_size=9),
-    packing=st.sampled_from([gzip.compress, zstd]), more=st.booleans(),
-)  # fmt: skip
-def test_compressed_lines_are_the_same_rows(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], packing: Any, more: bool
-) -> None:
-    data = b'{"image": "first"}\n' + b"\n".join(lines) + b"\n"
-    packed = packing(data[:7]) + packing(data[7:]) if more else packing(data)  # files may be concatenated
-    folder = tmp_path_factory.mktemp("packed")
-    plain, unpacked = planned(folder, "m.jsonl", data), planned(folder, "packed.jsonl", packed)
-    assert plain == unpacked
 
 
 def test_a_table_may_have_lists_and_empty_cells(tmp_path: Path) -> None:
@@ -372,24 +281,6 @@ def test_s3_batch_rows(tmp_path: Path, line: str, image: str | None) -> None:
     (row,) = planned(tmp_path, "m.csv", line.encode(), manifest_format="s3-batch")
     assert row.image == image
     assert isinstance(row, BadRow) == (image is None)
-
-
-keys = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(str.strip)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    given_keys=st.lists(keys, min_size=1, max_size=9), encode=st.sampled_from([quote, quote_plus]),
-    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), newline=st.sampled_from(["\n", "\r\n"]),
-)  # fmt: skip
-def test_s3_batch_round_trips(
-    tmp_path_factory: pytest.TempPathFactory, given_keys: list[str], encode: Any, quoting: int, newline: str
-) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, quoting=quoting, lineterminator=newline)  # type: ignore[arg-type]
-    writer.writerows(["my-bucket", encode(key)] for key in given_keys)
-    rows = planned(tmp_path_factory.mktemp("batch"), "m.csv", text.getvalue().encode(), manifest_format="s3-batch")
-    assert [row.image for row in rows] == [f"s3://my-bucket/{key}" for key in given_keys]
 
 
 def test_zstandard_of_parallel_writers(tmp_path: Path) -> None:

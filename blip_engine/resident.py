@@ -36,6 +36,7 @@ from .text_layers import BlipTextLayer
 
 LENGTH_STEP: Final = 16  # tokens: wide enough that most questions share one width, and with it their batches
 _USUAL_BEAMS: Final = 3
+_MOST_GROUPS: Final = 256  # in a batch: about as many images as a worker has decoded while as many are computed
 MOST_IN_GROUP: Final = 8  # texts; further ones of a request make another group
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -65,9 +66,9 @@ class Shapes:
     @classmethod
     def fitting(cls, config: BlipConfig, device: torch.device, dtype: torch.dtype) -> "Shapes":
         """Sizes that fill the device: about 2,048 vision tokens at once on a CPU, 32,768 on a GPU with the memory."""
-        budget, factor = (32768, 8) if device.type == "cuda" else (2048, 4)
+        budget = 32768 if device.type == "cuda" else 2048
         images = 1 << max(2, (budget // _tokens(config)).bit_length() - 1)
-        shapes = cls(images, images * factor)
+        shapes = cls(images, min(8 * images, _MOST_GROUPS))
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]  # bytes, the weights already taken
             while shapes.memory(config, dtype) > free // 2 and shapes.images > 1:

@@ -72,7 +72,7 @@ def test_the_processor_alone_decides_how_attention_is_done(
     amx: bool, dtype: torch.dtype, products: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A measurement would decide otherwise in a busy minute, and then two workers' results would differ."""
-    prefers = attention.prefers_products.__wrapped__
     monkeypatch.setattr(attention, "cpu_features", lambda: {"amx_bf16": amx})
-    assert prefers("cpu", dtype) is products
-    assert not prefers("cuda", dtype)
+    monkeypatch.setattr(attention, "_has_amx", attention._has_amx.__wrapped__)  # asks anew
+    assert attention.prefers_products("cpu", dtype) is products
+    assert not attention.prefers_products("cuda", dtype)

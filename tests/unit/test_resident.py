@@ -17,7 +17,7 @@ CUDA = torch.device("cuda")
 
 
 def test_on_a_cpu() -> None:
-    assert Shapes.fitting(config_of("base"), torch.device("cpu"), torch.bfloat16) == Shapes(4, 16)
+    assert Shapes.fitting(config_of("base"), torch.device("cpu"), torch.bfloat16) == Shapes(4, 32)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from time import monotonic
 from typing import Any, Final
 
@@ -36,11 +35,11 @@ from .ledger import Ledger, StaleEpochError
 from .logs import fields
 from .manifest import require_rows
 from .plan import Plan, load_plan, read_whole
-from .reconcile import counts, reconcile
-from .rounds import begin_wanted, existing_parts
+from .reconcile import reconcile
+from .rounds import begin_wanted
 from .scheduling import Demand, Workers, chunk_rows_for, rooms, route, slots_per_worker, speed_key
 from .settings import Settings
-from .stopping import StoppingError, go_on
+from .stopping import StoppingError
 from .storage import Store, open_store
 from .temporary import remove_left_behind
 from .work import Work
@@ -52,7 +51,6 @@ _STEP_SECONDS: Final = 2.0  # a job that takes longer is not waited for
 #: that is made holds some dozens of MB.
 _WORKING, _PLANNING = 32, 12
 _FORGET_SECONDS: Final = 60.0  # between two looks for jobs that ended long ago
-_BATCH: Final = 500  # chunks named in one call of a script
 _SPEED_SECONDS: Final = 30.0  # over which a job's speed is averaged
 
 log = logging.getLogger(__name__)
@@ -328,7 +326,7 @@ class Controller:
         plan, record = self._planned(spec, store)
         work = Work(plan, begin_wanted(plan))
         self._works[spec.id] = work
-        found = self._restore(spec.id, epoch, work)
+        found = work.restore(self.ledger, spec.id, epoch)
         if not found and not work.rounds and not record.get("model"):  # a new output, or one that was removed
             self.ledger.any_model(spec.id, epoch)
         if record.get("model"):
@@ -356,22 +354,6 @@ class Controller:
         draft = read_whole(spec, store, self.settings, worth)
         record = claim_output(spec, store)
         return draft.write(store, self.settings, spec.results), record
-
-    def _restore(self, job: str, epoch: str, work: Work) -> int:
-        """Tells the ledger what there is to do, and what of it storage holds already: so many parts."""
-        plan, number, restored = work.plan, work.number, 0
-        self.ledger.reset(job, epoch, plan.hash, plan.chunks, plan.rows, number)
-        if work.rounds:
-            to_do = iter(zip(work.rounds[-1].chunks, work.rounds[-1].rows, strict=True))
-            while batch := list(islice(to_do, _BATCH)):
-                go_on()
-                self.ledger.open(job, epoch, plan.hash, number, batch)
-        parts = existing_parts(plan, number)
-        while found := [counts(part) for part in islice(parts, _BATCH)]:
-            go_on()
-            self.ledger.mark(job, epoch, plan.hash, found, number)
-            restored += len(found)
-        return restored
 
     def _finalize(self, spec: JobSpec, epoch: str) -> None:
         """finalizing → completed or failed; back to validating when parts are missing after all."""

@@ -9,7 +9,7 @@ from typing import Final
 from .ledger import Ledger
 from .parts import PartInfo, describe, part_key
 from .stopping import as_here, go_on
-from .work import Work
+from .work import Work, counts
 
 _LOOKS: Final = 16  # parts asked for at once
 _BATCH: Final = 50  # chunks that are handed out again as soon as they are known to be lost
@@ -50,8 +50,3 @@ def _look(work: Work, chunks: Sequence[int]) -> Iterator[tuple[int, PartInfo | N
     with ThreadPoolExecutor(min(_LOOKS, len(chunks)), "overdue", initializer=as_here()) as pool:
         keys = (part_key(chunk, work.number, plan.results) for chunk in chunks)
         yield from zip(chunks, pool.map(lambda key: describe(plan.store, key), keys), strict=True)
-
-
-def counts(part: PartInfo) -> tuple[int, int, int, str]:
-    """A part as `Ledger.mark` takes it."""
-    return part.chunk, part.rows - part.failed, part.failed, part.codes

@@ -1,13 +1,20 @@
 """What there is to do for a job, as object storage tells it."""
 
 from dataclasses import dataclass
+from itertools import islice
+from typing import Final
 
 from .contract import Hint, JobSpec, JobState
 from .errors import JobError
+from .ledger import Ledger
+from .parts import PartInfo
 from .plan import Plan, load_plan
-from .rounds import Round, load_rounds
+from .rounds import Round, existing_parts, load_rounds
 from .settings import Settings
+from .stopping import go_on
 from .storage import open_store
+
+_BATCH: Final = 500  # chunks named in one call of a script
 
 
 @dataclass(frozen=True)
@@ -38,3 +45,24 @@ class Work:
     def hint(self, job: str, chunk: int) -> Hint:
         todo = self.rounds[-1].rows_of(chunk) if self.rounds else 0
         return Hint.of(job, self.plan.hash, self.plan.chunk(chunk), self.number, todo)
+
+    def restore(self, ledger: Ledger, job: str, epoch: str) -> int:
+        """Tells the ledger what there is to do, and what of it storage holds already: so many parts."""
+        plan, number, restored = self.plan, self.number, 0
+        ledger.reset(job, epoch, plan.hash, plan.chunks, plan.rows, number)
+        if self.rounds:
+            to_do = iter(zip(self.rounds[-1].chunks, self.rounds[-1].rows, strict=True))
+            while batch := list(islice(to_do, _BATCH)):
+                go_on()
+                ledger.open(job, epoch, plan.hash, number, batch)
+        parts = existing_parts(plan, number)
+        while found := [counts(part) for part in islice(parts, _BATCH)]:
+            go_on()
+            ledger.mark(job, epoch, plan.hash, found, number)
+            restored += len(found)
+        return restored
+
+
+def counts(part: PartInfo) -> tuple[int, int, int, str]:
+    """A part as `Ledger.mark` takes it."""
+    return part.chunk, part.rows - part.failed, part.failed, part.codes

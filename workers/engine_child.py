@@ -21,7 +21,7 @@ from blip_engine.errors import BlipError, InputError
 from blip_engine.memory import keep_memory
 from blip_engine.requests import Request
 
-from .cpus import limit_threads
+from .cpus import settle_threads
 from .messages import Checkpoint, Load, Run
 from .slots import Slots
 
@@ -37,7 +37,7 @@ def engine_main(
 ) -> None:
     """The process: builds the engine, then serves messages until the pipe closes."""
     keep_memory()
-    limit_threads()
+    settle_threads()
     try:
         module, _, name = factory.partition(":")
         engine = getattr(import_module(module), name)(device=device, precision=precision, compiled=compiled)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from workers import engine_child, loader
-from workers.cpus import limit_threads, usable_cpus
+from workers.cpus import settle_threads, usable_cpus
 from workers.slots import Slots
 
 V2 = "0::/pod/app\n"
@@ -21,7 +21,9 @@ V1 = "11:memory:/pod/app\n4:cpu,cpuacct:/pod/app\n1:name=systemd:/pod\n"
 def _node(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 processors, and nobody's decision."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # what a test sets is undone
+        monkeypatch.delenv(name)
 
 
 def write(root: Path, groups: str, files: dict[str, str]) -> None:
@@ -56,25 +58,38 @@ def test_the_limit_of_a_group(tmp_path: Path, groups: str, files: dict[str, str]
 
 def test_threads_are_no_more_than_the_limit_and_than_the_cores(tmp_path: Path) -> None:
     write(tmp_path, V2, {"sys/fs/cgroup/pod/app/cpu.max": "1600000 100000\n"})
-    limit_threads(tmp_path)
+    settle_threads(tmp_path)
     assert os.environ.pop("OMP_NUM_THREADS") == "16"
     for first in range(0, 64, 8):  # eight threads a core
         for n in range(first, first + 8):
             name = f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list"
             write(tmp_path, V2, {name: f"{first}-{first + 7}\n"})
-    limit_threads(tmp_path)
+    settle_threads(tmp_path)
     assert os.environ.pop("OMP_NUM_THREADS") == "8"
 
 
 def test_without_a_limit_or_with_a_decision_threads_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit_threads(tmp_path)
+    settle_threads(tmp_path)
     assert "OMP_NUM_THREADS" not in os.environ
     write(tmp_path, V2, {"sys/fs/cgroup/pod/app/cpu.max": "1600000 100000\n"})
     monkeypatch.setenv("OMP_NUM_THREADS", "40")
-    limit_threads(tmp_path)
+    settle_threads(tmp_path)
     assert os.environ["OMP_NUM_THREADS"] == "40"
+
+
+def test_threads_that_wait_soon_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two engines on one machine take the processors from each other, for milliseconds at every operator."""
+    settle_threads(tmp_path)
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    settle_threads(tmp_path)
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    settle_threads(tmp_path)
+    assert "GOMP_SPINCOUNT" not in os.environ
 
 
 @pytest.mark.parametrize(("device", "cpus", "count"), [("cpu", 6, 3), ("cpu", 1, 1), ("cpu", 64, 8)])
@@ -87,7 +102,7 @@ def test_loaders_follow_the_limit(monkeypatch: pytest.MonkeyPatch, device: str, 
 def test_the_engine_process_heeds_the_limit_before_it_builds_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
     monkeypatch.setattr(engine_child, "keep_memory", lambda: None)  # it is for a process of its own
-    monkeypatch.setattr(engine_child, "limit_threads", lambda: seen.append("limited"))
+    monkeypatch.setattr(engine_child, "settle_threads", lambda: seen.append("limited"))
     pipe: Any = SimpleNamespace(send=lambda message: seen.append(message[0][0]))
     engine_child.engine_main(pipe, Slots(1), "no_such_module:Engine", "cpu", "auto", None)
     assert seen == ["limited", "broken"]

@@ -145,7 +145,9 @@ def _run(arguments: list[str]) -> int:
         as_line = getattr(error, "format_message", None)  # a wrong command line; its class has no public name
         if as_line is None:
             raise
-        print_error(f"{as_line()} (see blip-batch --help)")
+        context = getattr(error, "ctx", None)
+        command = f" {context.info_name}" if context is not None and context.parent is not None else ""
+        print_error(f"{as_line()} (see blip-batch{command} --help)")
     else:
         return code if isinstance(code, int) else 0
     return EXIT_FAILED

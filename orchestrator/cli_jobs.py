@@ -90,6 +90,8 @@ def list_(as_json: JsonFlag = False) -> None:
     if as_json:
         print_json(jobs)
         return
+    if not jobs:
+        print_line("no jobs")
     for job in jobs:
         counts = job["request_counts"]
         done = f"{job['rows_done']:,}/{counts['total']:,}"
@@ -123,11 +125,12 @@ def _lines(view: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for code, rows in view["errors"].items():
         yield f"  {code}", f" {rows:,}"
     if view["rows_per_second"] is not None:
-        yield "speed", f"{_speed(view)} from {view['workers']:g} workers"
+        yield "speed", f"{_speed(view)} from {view['workers']:g} worker{'' if view['workers'] == 1 else 's'}"
     if view["eta_seconds"] is not None:
         yield "time left", _duration(view["eta_seconds"])
     if view["estimated_cost"] is not None:
-        yield "cost", f"{view['estimated_cost']:.4g} when done"
+        whole = view["status"] == "completed" or view["eta_seconds"] is not None
+        yield "cost", f"{view['estimated_cost']:.4g} {'when done' if whole else 'so far'}"
 
 
 def _speed(view: dict[str, Any]) -> str:
@@ -167,8 +170,11 @@ def _shown(as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     from rich.console import Console  # noqa: PLC0415
     from rich.live import Live  # noqa: PLC0415
 
-    with Live(console=Console(), auto_refresh=False) as live:
+    console = Console()
+    with Live(console=console, auto_refresh=False) as live:
         yield lambda view: live.update(_table(view), refresh=True)
+    if not console.is_terminal:  # where it leaves the last line open
+        console.print()
 
 
 def _table(view: dict[str, Any]) -> "Table":

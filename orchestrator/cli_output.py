@@ -55,5 +55,5 @@ def report(
     """Write one self-contained HTML page: a sample of images with their results, scores, errors by code."""
     from .page import write_page  # noqa: PLC0415 - heavy, as in `cli`
 
-    pictures = write_page(output, file, sample)
-    print_line(f"{file}: {pictures} of {sample} thumbnails")
+    pictures, rows = write_page(output, file, sample)
+    print_line(f"{file}: {pictures} of {rows} thumbnails")

@@ -209,8 +209,8 @@ def check_owner(spec: JobSpec, store: Store) -> dict[str, Any] | None:
     for name, value in new.items():
         if old.get(name) != value:
             raise JobConflict(
-                f"{store.root} holds a job with {name}={old.get(name)!r}, not {value!r}; choose another output, or "
-                f"repeat the first command to go on with it"
+                f"{store.root} holds a job with {name}={old.get(name)!r}, not {value!r}; choose another output, "
+                f"repeat the first command to go on with it, or remove this output to begin anew"
             )
     return record
 

@@ -49,8 +49,8 @@ class _Drawn:
             self.values[place] = value
 
 
-def write_page(output: str, file: str, sample: int = 24, settings: Settings | None = None) -> int:
-    """Writes the page to `file` (a path or s3:// URI) and returns the number of its thumbnails.
+def write_page(output: str, file: str, sample: int = 24, settings: Settings | None = None) -> tuple[int, int]:
+    """Writes the page to `file` (a path or s3:// URI) and returns how many thumbnails and rows it shows.
 
     Reads every part once; the memory is that of a few. Raises UsageError for an output without a job, JobError when
     rows have no part yet or a part is wrong, and StorageError.
@@ -74,7 +74,7 @@ def write_page(output: str, file: str, sample: int = 24, settings: Settings | No
     pictures = _thumbnails(plan, shown, settings)
     target, key = open_object(file, settings)
     target.put(key, "".join(_page(job, plan, codes, scores.values, shown, pictures)).encode(errors="replace"))
-    return len(pictures)
+    return len(pictures), len(shown)
 
 
 def _thumbnails(plan: Plan, records: Sequence[dict[str, Any]], settings: Settings) -> dict[int, str]:

@@ -70,7 +70,9 @@ class Job(BaseModel):
     rows_done: _Count = Field(description="the rows behind us, those inside of chunks at work too")
     rows_per_second: float | None = Field(description="a moving average")
     eta_seconds: float | None
-    estimated_cost: float | None = Field(description="when done, where a price of workers is set")
+    estimated_cost: float | None = Field(
+        description="when done, where a price of workers is set; so far, where no time is left to tell"
+    )
     workers: float = Field(description="at work for it")
     created_at: float | None
     in_progress_at: float | None

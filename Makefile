@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo test lint docs bench bench-limit bench-profile bench-pipeline bench-feeding bench-orchestrator clean
+.PHONY: demo test lint docs bench bench-limit bench-vision bench-profile bench-pipeline bench-feeding bench-orchestrator clean
 
 demo: $(VENV)/worker.stamp ## draw pictures; caption, question and match them; show how often the model is right
 	$(BIN)/blip-batch demo --output demo $(DEMO_ARGS)
@@ -29,6 +29,10 @@ bench: $(VENV)/dev.stamp ## speed against transformers on this machine; takes mi
 
 bench-limit: $(VENV)/dev.stamp ## what this machine can multiply and copy, and the share of it every stage reaches
 	$(BIN)/python -m benchmarks.limit $(BENCH_ARGS)
+
+bench-vision: $(VENV)/dev.stamp ## the vision tower beside OpenVINO's, on a CPU
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check openvino
+	$(BIN)/python -m benchmarks.vision $(BENCH_ARGS)
 
 bench-profile: $(VENV)/dev.stamp ## where the engine's time goes, stage by stage
 	$(BIN)/python -m benchmarks.profile $(BENCH_ARGS)

@@ -68,7 +68,9 @@ class Shapes:
         """Sizes that fill the device: about 2,048 vision tokens at once on a CPU, 32,768 on a GPU with the memory."""
         budget = 32768 if device.type == "cuda" else 2048
         images = 1 << max(2, (budget // _tokens(config)).bit_length() - 1)
-        shapes = cls(images, min(8 * images, _MOST_GROUPS))
+        # A processor that computes in float32 is slow: no batch of it should take minutes.
+        factor = 8 if device.type == "cuda" or dtype.itemsize == 2 else 4
+        shapes = cls(images, min(factor * images, _MOST_GROUPS))
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]  # bytes, the weights already taken
             while shapes.memory(config, dtype) > free // 2 and shapes.images > 1:

@@ -18,6 +18,8 @@ CUDA = torch.device("cuda")
 
 def test_on_a_cpu() -> None:
     assert Shapes.fitting(config_of("base"), torch.device("cpu"), torch.bfloat16) == Shapes(4, 32)
+    assert Shapes.fitting(config_of("base"), torch.device("cpu"), torch.float32) == Shapes(4, 16)
+    assert Shapes.fitting(config_of("tiny"), torch.device("cpu"), torch.bfloat16).groups == 256  # a worker's slots
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from orchestrator.storage import open_store
 def write_manifest(folder: Path, rows: int, bad: Callable[[int], bool] = lambda _: False) -> Path:
     manifest = folder / "rows.jsonl"
     lines = [json.dumps({"image": f"{'bad' if bad(n) else 'img'}-{n}.png", "id": f"r{n}"}) for n in range(rows)]
-    manifest.write_text("\n".join(lines) + "\n")
+    text = "\n".join(lines) + "\n"
+    if not manifest.exists() or manifest.read_text() != text:  # written anew it would be another version
+        manifest.write_text(text)
     return manifest
 
 

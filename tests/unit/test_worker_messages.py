@@ -74,7 +74,7 @@ def test_what_waits_goes_to_the_loaders_in_a_message_each() -> None:
     pipes = [Pipe(), Pipe()]
     with unstarted(LoaderPool(2, Slots(64), limits(fetches=6), lambda _: None)) as pool:
         for pipe in pipes:
-            pool._loaders.append(_Loader(cast(Any, SimpleNamespace(pipe=pipe)), ready=True))
+            pool._loaders.append(_Loader(cast(Any, SimpleNamespace(pipe=pipe, send=pipe.send)), ready=True))
         for slot in range(64):
             pool.load(slot, f"/{slot}", SIZE, SimpleQueue(), slot)
         pool._run_calls()
@@ -139,7 +139,7 @@ OPTIONS = {"num_beams": 5, "repetition_penalty": 1.25}
 def test_runs_go_to_the_engine_in_one_message_that_holds_the_options_once() -> None:
     pipe, options = Pipe(), options_for("caption", OPTIONS)
     with unstarted(EngineProcess(EngineSettings("", "cpu", "fp32", 1, 1), Slots(1), lambda _: None)) as engine:
-        engine._child, engine._ready = cast(Any, SimpleNamespace(pipe=pipe)), True
+        engine._child, engine._ready = cast(Any, SimpleNamespace(pipe=pipe, send=pipe.send)), True
         for slot in range(64):
             run = Run("caption:m", "caption", slot, (384, 384), (f"a prompt {slot}",), options)
             engine.submit(run, SimpleQueue(), slot)

@@ -190,7 +190,7 @@ class DecoderState:
         """Go on with these rows (n,) of the prompt, all those of these rows of the memory."""
         self._prompt, self._memory = self._prompt.narrowed(rows), self._memory.narrowed(of_memory)
         self._cache.narrow(rows, of_memory)
-        positions = self._next_position.unflatten(0, (-1, self._hypotheses if self._ways is not None else 1))
+        positions = self._next_position.unflatten(0, (-1, self._hypotheses))  # each has its own once the prompt is read
         self._next_position = positions[rows].flatten(0, 1)
         self._mask = None if self._mask is None else self._mask[rows]
         self._ways = None if self._ways is None else self._ways[rows]

@@ -34,6 +34,7 @@ from .lane import Lane
 from .ledger import Ledger, StaleEpochError
 from .logs import fields
 from .manifest import require_rows
+from .pace import Pace
 from .plan import Plan, load_plan, read_whole
 from .reconcile import reconcile
 from .rounds import begin_wanted
@@ -85,6 +86,7 @@ class Controller:
         self._work_lane = Lane(_WORKING, "work", self._stopping)
         self._slow_lane = Lane(_PLANNING, "plan-and-finalize", self._stopping)
         self._next_reconcile = self._next_forget = 0.0
+        self._pace = Pace(settings.poll_seconds)
         self.stepped_at = monotonic()  # when it last was sure to go on: what tells that it is alive
 
     def run(self, stop: threading.Event) -> None:
@@ -99,7 +101,7 @@ class Controller:
                     log.warning("waiting: %s", error)
                     stop.wait(1)
                 self.stepped_at = monotonic()
-                stop.wait(self.settings.poll_seconds)
+                stop.wait(self._pace.pause())
         finally:
             self.close()
 
@@ -123,6 +125,7 @@ class Controller:
         jobs = self._unfinished(epoch is not None)
         if epoch is None:
             return False
+        self._pace.saw({spec.id: state.status for spec, state in jobs})
         this = self._new_step(epoch, jobs)
         try:
             self._forget_ended(epoch)

@@ -29,6 +29,7 @@ from .errors import BlipBatchError, JobError, RedisUnavailable, UsageError
 from .finalizer import read_summary
 from .jobs import check_owner, submit
 from .ledger import Ledger
+from .pace import Pace
 from .plan import load_plan
 from .rounds import load_rounds
 from .settings import Settings, load_settings
@@ -36,7 +37,7 @@ from .storage import open_store
 
 _our_log = logging.getLogger(__package__)
 
-POLL_SECONDS: Final = 0.1
+_MOST_PAUSE: Final = 1.0  # seconds between two looks at the jobs
 _REDIS_START_SECONDS: Final = 10.0
 _CONTROL_STOP_SECONDS: Final = 15.0  # the control loop may wait for an answer of its store
 _MOST_RESTARTS: Final = 5  # of workers that died, in one job
@@ -123,8 +124,7 @@ class Embedded:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
         self._log_to(self.folder / "control.log")
-        pause = min(self._base.poll_seconds, POLL_SECONDS)
-        self.settings = self._base.model_copy(update={"redis_url": self._redis.url, "poll_seconds": pause})
+        self.settings = self._base.model_copy(update={"redis_url": self._redis.url})
         self.ledger = Ledger.connect(self.settings)
         self._control = threading.Thread(target=self._control_loop, name="control", daemon=True)
         self._control.start()
@@ -181,10 +181,11 @@ class Embedded:
         return self.folder / f"worker-{number}.log"
 
     def run(self, specs: Sequence[JobSpec], watch: Callable[[list[JobState], list[int]], None]) -> list[JobState]:
-        """Submits the jobs and sees them through; `watch` gets their states and rows done, several times a second.
+        """Submits the jobs and sees them through; `watch` gets their states and rows done, every second or more often.
 
         Raises UsageError, and WorkersFailedError when the workers cannot work.
         """
+        pace = Pace(_MOST_PAUSE)
         jobs = [submit(self.ledger, spec, self.settings) for spec in specs]
         while True:
             states = [self._state(job) for job in jobs]
@@ -192,7 +193,8 @@ class Embedded:
             if all(state.ended for state in states):
                 return states
             self._tend_workers()
-            time.sleep(POLL_SECONDS)
+            pace.saw([state.status for state in states])
+            time.sleep(pace.pause())
 
     def _state(self, job: str) -> JobState:
         state = self.ledger.state(job)

@@ -19,7 +19,7 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(default=60, gt=0)  # a silent worker's chunk is given away after this long
     renew_seconds: float = Field(default=15, gt=0)  # how often a worker renews; also how early it gives up by itself
     reconcile_seconds: float = Field(default=15, gt=0)  # how often lost chunks are looked for
-    poll_seconds: float = Field(default=0.5, gt=0)  # pause between two steps of the control loop
+    poll_seconds: float = Field(default=0.5, gt=0)  # longest pause between two steps of the control loop
     lead_seconds: float = Field(default=10, gt=0)  # a silent control loop is replaced after this long
     # What Redis knows of a job that ended is dropped after this long; `recover` brings it back from its output.
     job_retention_seconds: float = Field(default=30 * 86_400, gt=0, le=1e10)

@@ -276,3 +276,23 @@ def test_a_finished_job_whose_output_was_removed_begins_anew(
         job = submit(controller.ledger, spec, settings)
         assert advance(controller, job, lambda state: state.ended and (tmp_path / "out/summary.json").exists(), worker)
         shutil.rmtree(tmp_path / "out")
+
+
+def test_steps_are_frequent_while_a_job_begins_and_rare_while_it_runs(
+    settings: Settings, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("orchestrator.pace.monotonic", lambda: now[0])
+    controller = Controller(settings.model_copy(update={"poll_seconds": 0.5}))
+    try:
+        job = submit(controller.ledger, caption_spec(write_manifest(tmp_path, 5), tmp_path / "out"), settings)
+        controller.step()
+        pauses = [controller._pace.pause()]
+        for seconds in (20, 980):
+            now[0] += seconds
+            pauses.append(controller._pace.pause())
+        controller.ledger.set_status(job, "cancelling")
+        controller.step()
+        assert [*pauses, controller._pace.pause()] == pytest.approx([0.1, 0.2, 0.5, 0.1])
+    finally:
+        controller.close()

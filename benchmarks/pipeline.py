@@ -7,8 +7,8 @@ The engine alone gets decoded pixels in a process of its own, set up as a worker
 its private Redis, control loop, loaders and worker. Two ratios come out: `steady` leaves out starting and stopping
 (rows behind the first finished part, by the time between the first and the last one: a batch more or less, so take many
 batches), `whole` is the job's own figure, from planning to the last part, loading of the model included. Processor
-seconds are sampled by process. With
-`--store s3` the images and the results are on a local S3 server (`rclone serve s3`), which shares the processors.
+seconds are sampled by process. With `--store s3` the images and the results are on a local S3 server (`rclone serve
+s3`), which shares the processors.
 """
 
 import argparse

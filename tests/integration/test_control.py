@@ -279,7 +279,7 @@ def test_a_finished_job_whose_output_was_removed_begins_anew(
 
 
 def test_steps_are_frequent_while_a_job_begins_and_rare_while_it_runs(
-    settings: Settings, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
     monkeypatch.setattr("orchestrator.pace.monotonic", lambda: now[0])

@@ -150,7 +150,7 @@ def test_faults_end_as_through_the_client(
         proxy.script.extend(script)
         began = time.monotonic()
         found.append(outcome(uri, limit))
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 10
     assert found[0] == found[1]
     assert bool(direct)
 

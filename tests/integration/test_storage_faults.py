@@ -86,7 +86,7 @@ def test_an_outage_ends_in_one_clear_error_within_the_time(proxy: FaultyProxy, s
     began = time.monotonic()
     with pytest.raises(StoreUnavailable, match=r"s3://blip/out/part.* 503"):
         store.put_new("part", DATA)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 10
     assert 3 <= len(proxy.seen) < 15  # it backs off
     proxy.always = "pass"
     assert store.put_new("part", DATA)  # nothing was half written
@@ -134,4 +134,4 @@ def test_images_are_fetched_whole_or_not_at_all(proxy: FaultyProxy, store: Store
         with pytest.raises(FetchError) as caught:
             fetch(location, max_bytes, 1.5)
         assert caught.value.code == code
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 10

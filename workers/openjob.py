@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from blip_engine.errors import OptionError
 from blip_engine.requests import Options, options_for
 from orchestrator.contract import BadRow, Hint, JobSpec, Row
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, SpecUnreadable
 from orchestrator.fetch import ImagePolicy
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, load_plan
@@ -28,7 +29,7 @@ class OpenJob:
 
     @classmethod
     def of(cls, ledger: Ledger, hint: Hint, settings: Settings) -> "OpenJob":
-        """Raises JobError when the job has no such plan."""
+        """Raises JobError when the job has no such plan, SpecUnreadable when another version wrote what is meant."""
         spec = ledger.spec(hint.job)
         if spec is None:
             raise JobError("unknown_job", f"job {hint.job} is not in Redis")
@@ -36,7 +37,11 @@ class OpenJob:
         plan = load_plan(store, settings)
         if plan is None or plan.hash != hint.plan:
             raise JobError("plan_changed", f"{spec.output} has another plan than the job's; choose another output")
-        return cls(spec, store, plan, options_for(spec.task, spec.options), plan.image_policy())
+        try:
+            options = options_for(spec.task, spec.options)
+        except OptionError as error:  # they were checked when the job was submitted: by a version that knows more
+            raise SpecUnreadable(f"job {hint.job}: this version cannot read its options ({error}); upgrade") from error
+        return cls(spec, store, plan, options, plan.image_policy())
 
     def rows(self, hint: Hint) -> list[Row | BadRow]:
         """The rows that the hint is about: the chunk's, in a later round those without a result.

@@ -19,7 +19,7 @@ from typing import Any, Final
 from blip_engine.errors import BlipError
 from blip_engine.requests import TASKS, checkpoints_of
 from orchestrator.contract import BadRow, Hint, Row
-from orchestrator.errors import BlipBatchError, RedisUnavailable, StoreUnavailable, UsageError
+from orchestrator.errors import BlipBatchError, RedisUnavailable, SpecUnreadable, StoreUnavailable, UsageError
 from orchestrator.jobs import model_name
 from orchestrator.ledger import QUEUE, Lease, Ledger
 from orchestrator.logs import fields, more
@@ -215,7 +215,8 @@ class Worker:
             outcome = "put_back" if reason.put_back else "abandoned"
             if reason.put_back:
                 raise PutBack(str(reason)) from None
-        except (StoreUnavailable, RedisUnavailable) as error:  # passes: given back uncounted, after a while
+        # An outage passes, a job of another version is for workers of that one: given back uncounted, after a while.
+        except (StoreUnavailable, RedisUnavailable, SpecUnreadable) as error:
             _log.warning("chunk %d of %s put back: %s", hint.chunk, hint.job, error)
             time.sleep(_BACK_OFF_SECONDS)
             self._release(held.lease)

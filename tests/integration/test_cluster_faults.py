@@ -1,6 +1,7 @@
 """Workers and the orchestrator as real processes, killed, stopped and signalled in mid-job. Every row ends once."""
 
 import hashlib
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -256,6 +257,24 @@ def test_redis_killed_and_empty_again_in_mid_job(cluster: Cluster, redis_server:
         time.sleep(0.1)
     assert worker.poll() is None
     expect_whole(tmp_path / "out", 120)
+
+
+@pytest.mark.parametrize("change", [{"task": "segment"}, {"options": {"segments": 3}}])
+def test_a_job_of_another_version_waits_for_a_worker_of_that_version(
+    cluster: Cluster, redis_server: RedisServer, tmp_path: Path, change: dict[str, object]
+) -> None:
+    """In a rolling upgrade old workers meet new jobs."""
+    cluster.start_orchestrator()
+    job = cluster.submit(simple_job(tmp_path / "in", 20), tmp_path / "out").id
+    cluster.until(job, lambda _: cluster.ledger.queue_length() > 0)
+    redis = redis_server.client()
+    known = redis.hget(f"blip:job:{job}", "spec")
+    redis.hset(f"blip:job:{job}", "spec", json.dumps(json.loads(known) | change))
+    cluster.start_worker()
+    cluster.until(job, lambda _: f"put back: job {job}" in cluster.logs())
+    redis.hset(f"blip:job:{job}", "spec", known)  # as its own version reads it
+    assert cluster.until_ended(job).status == "completed"
+    expect_whole(tmp_path / "out", 20)
 
 
 def test_a_cancelled_job_is_let_go(cluster: Cluster, tmp_path: Path) -> None:

@@ -95,13 +95,14 @@ class Controller:
         remove_left_behind()
         try:
             while not stop.is_set():
+                began = monotonic()
                 try:
                     self.step()
                 except RedisUnavailable as error:  # nothing is lost: what was not confirmed is done again
                     log.warning("waiting: %s", error)
                     stop.wait(1)
                 self.stepped_at = monotonic()
-                stop.wait(self._pace.pause())
+                stop.wait(self._pace.pause(self.stepped_at - began))
         finally:
             self.close()
 

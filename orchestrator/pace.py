@@ -10,6 +10,7 @@ from typing import Final
 
 _LEAST_SECONDS: Final = 0.1
 _SHARE: Final = 0.01  # of the time since the last change: so much later, at most, the next one is seen
+_REST: Final = 4.0  # times what the look took: with hundreds of jobs it takes long, and they change all the time
 
 
 class Pace:
@@ -24,6 +25,6 @@ class Pace:
         if what != self._seen:
             self._seen, self._changed_at = what, monotonic()
 
-    def pause(self) -> float:
-        """Seconds until the next look."""
-        return min(self._most, max(_LEAST_SECONDS, _SHARE * (monotonic() - self._changed_at)))
+    def pause(self, took: float = 0.0) -> float:
+        """Seconds until the next look, after one that `took` seconds."""
+        return min(self._most, max(_LEAST_SECONDS, _SHARE * (monotonic() - self._changed_at), _REST * took))

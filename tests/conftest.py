@@ -60,6 +60,19 @@ def device(request: pytest.FixtureRequest) -> "torch.device":
     return torch.device(request.config.getoption("--device"))
 
 
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random checkpoint of each of the engine's tasks, named as the task. Not to be changed."""
+    from small_models import save_checkpoint  # noqa: PLC0415 - loads torch
+
+    from blip_engine.requests import TASKS  # noqa: PLC0415
+
+    root = tmp_path_factory.mktemp("models")
+    for task in TASKS:
+        save_checkpoint(root / task, task)
+    return root
+
+
 @pytest.fixture(autouse=True)
 def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The developer's own BLIP_* and AWS_* settings stay out of the tests."""

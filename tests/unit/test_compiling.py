@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import save_checkpoint
 
 from blip_engine import Engine
 from blip_engine.compiling import compile_layers
@@ -26,24 +25,16 @@ TEXTS: dict[Task, tuple[str, ...]] = {"caption": ("",), "vqa": ("what is this ?"
 IMAGES = [np.random.default_rng(n).integers(0, 256, (32, 32, 3), dtype=np.uint8) for n in range(9)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    for task in TASKS:
-        save_checkpoint(root / task, task)
-    return root
-
-
-def load(folder: Path, device: torch.device, compiled: bool) -> Engine:
-    models: dict[str, str] = {task: str(folder / task) for task in TASKS}
+def load(checkpoints: Path, device: torch.device, compiled: bool) -> Engine:
+    models: dict[str, str] = {task: str(checkpoints / task) for task in TASKS}
     return Engine.load(models, str(device), "fp32", compiled=compiled)
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path, device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(checkpoints: Path, device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        with load(folder, device, compiled=True) as engine:
+        with load(checkpoints, device, compiled=True) as engine:
             yield engine
 
 
@@ -58,8 +49,8 @@ def test_it_is_compiled(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_tokens_are_those_of_eager_layers(engine: Engine, folder: Path, device: torch.device, task: Task) -> None:
-    with load(folder, device, compiled=False) as eager:
+def test_tokens_are_those_of_eager_layers(engine: Engine, checkpoints: Path, device: torch.device, task: Task) -> None:
+    with load(checkpoints, device, compiled=False) as eager:
         assert not eager._runners[task].resident.compiled
         for found, truth in zip(ask(engine, task, IMAGES), ask(eager, task, IMAGES), strict=True):
             for mine, other in zip(found, truth, strict=True):

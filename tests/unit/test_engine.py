@@ -26,23 +26,15 @@ QUESTIONS = ["what is this ?", "how many dogs are in this picture of a red cat o
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    for task in TASKS:
-        save_checkpoint(root / task, task)
-    return root
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path, device: torch.device) -> Iterator[Engine]:
-    with Engine.load({task: str(folder / task) for task in TASKS}, device=str(device), precision="fp32") as engine:
+def engine(checkpoints: Path, device: torch.device) -> Iterator[Engine]:
+    with Engine.load({task: str(checkpoints / task) for task in TASKS}, device=str(device), precision="fp32") as engine:
         yield engine
 
 
 @pytest.fixture
-def own(folder: Path, device: torch.device) -> Iterator[Engine]:
+def own(checkpoints: Path, device: torch.device) -> Iterator[Engine]:
     """An engine that a test may harm."""
-    with Engine.load({"caption": str(folder / "caption")}, device=str(device), precision="fp32") as engine:
+    with Engine.load({"caption": str(checkpoints / "caption")}, device=str(device), precision="fp32") as engine:
         yield engine
 
 
@@ -75,14 +67,14 @@ def hold(engine: Engine) -> threading.Event:
 class TestResults:
     """Single precision: the engine's answers are those of the model used by itself."""
 
-    def drop_in(self, folder: Path, task: Any) -> tuple[Any, BlipProcessor]:
-        return CLASSES[task].from_pretrained(folder / task), BlipProcessor.from_pretrained(folder / task)
+    def drop_in(self, checkpoints: Path, task: Any) -> tuple[Any, BlipProcessor]:
+        return CLASSES[task].from_pretrained(checkpoints / task), BlipProcessor.from_pretrained(checkpoints / task)
 
     @pytest.mark.parametrize(
         "options", [{}, {"num_beams": 1, "max_new_tokens": 7}, {"num_beams": 4, "repetition_penalty": 1.4}], ids=str
     )
-    def test_captions(self, engine: Engine, folder: Path, options: dict[str, Any]) -> None:
-        model, processor = self.drop_in(folder, "caption")
+    def test_captions(self, engine: Engine, checkpoints: Path, options: dict[str, Any]) -> None:
+        model, processor = self.drop_in(checkpoints, "caption")
         pixels = processor(IMAGES, return_tensors="pt").pixel_values
         given = {"num_beams": 3, "max_new_tokens": 20} | options
         truth = processor.batch_decode(model.generate(pixels, **given), skip_special_tokens=True)
@@ -94,8 +86,8 @@ class TestResults:
         assert [caption.text for caption in found] == truth
         assert all(caption.text.startswith(prompt) for caption, prompt in zip(found, prompts, strict=True))
 
-    def test_answers(self, engine: Engine, folder: Path) -> None:
-        model, processor = self.drop_in(folder, "vqa")
+    def test_answers(self, engine: Engine, checkpoints: Path) -> None:
+        model, processor = self.drop_in(checkpoints, "vqa")
         inputs = processor(IMAGES, QUESTIONS, padding=True, return_tensors="pt")
         truth = processor.batch_decode(
             model.generate(**inputs, num_beams=3, max_new_tokens=9), skip_special_tokens=True
@@ -103,8 +95,8 @@ class TestResults:
         assert [answer.text for answer in engine.answer(IMAGES, QUESTIONS)] == truth
         assert len(set(truth)) > 2
 
-    def test_matches(self, engine: Engine, folder: Path) -> None:
-        model, processor = self.drop_in(folder, "itm")
+    def test_matches(self, engine: Engine, checkpoints: Path) -> None:
+        model, processor = self.drop_in(checkpoints, "itm")
         inputs = processor(IMAGES, QUESTIONS, padding=True, return_tensors="pt")
         with torch.no_grad():
             itm = model(**inputs).itm_score.softmax(-1)[:, 1]
@@ -257,9 +249,9 @@ class TestFaults:
 
 
 class TestLife:
-    def test_close_finishes_what_is_queued_and_refuses_more(self, folder: Path, device: torch.device) -> None:
+    def test_close_finishes_what_is_queued_and_refuses_more(self, checkpoints: Path, device: torch.device) -> None:
         threads = set(threading.enumerate())
-        engine = Engine.load({"caption": str(folder / "caption")}, device=str(device), precision="fp32")
+        engine = Engine.load({"caption": str(checkpoints / "caption")}, device=str(device), precision="fp32")
         held = hold(engine)
         futures = [engine.submit(request(image)) for image in IMAGES]
         held.set()
@@ -284,23 +276,23 @@ class TestLife:
             thread.join(WAIT)
         assert found[0] + found[7] + found[14] == truth
 
-    def test_names(self, folder: Path) -> None:
-        models = {"mine": str(folder / "vqa"), "caption": str(folder / "caption")}
+    def test_names(self, checkpoints: Path) -> None:
+        models = {"mine": str(checkpoints / "vqa"), "caption": str(checkpoints / "caption")}
         with Engine.load(models, device="cpu", precision="fp32") as engine:
             assert engine.answer(IMAGES[:1], QUESTIONS[:1], model="mine")
             with pytest.raises(InputError, match="no model 'vqa' is loaded; there is: mine, caption"):
                 engine.answer(IMAGES[:1], QUESTIONS[:1])
-            info = engine.load_model("caption", str(folder / "caption"), "caption")
+            info = engine.load_model("caption", str(checkpoints / "caption"), "caption")
             assert info == ModelInfo("caption", "caption", models["caption"], None, info.weights_sha256, (32, 32))
-            assert engine.load_model("caption", str(folder / "caption"), "caption") is info
-            with pytest.raises(CheckpointError, match=f"the name 'caption' is taken by {folder / 'caption'}"):
-                engine.load_model("caption", str(folder / "vqa"), "caption")
+            assert engine.load_model("caption", str(checkpoints / "caption"), "caption") is info
+            with pytest.raises(CheckpointError, match=f"the name 'caption' is taken by {checkpoints / 'caption'}"):
+                engine.load_model("caption", str(checkpoints / "vqa"), "caption")
             with pytest.raises(CheckpointError, match="the tensors do not fit the model"):
-                engine.load_model("other", str(folder / "vqa"), "caption")
+                engine.load_model("other", str(checkpoints / "vqa"), "caption")
             with pytest.raises(InputError, match="no model 'other'"):
                 engine.caption(IMAGES[:1], model="other")
 
-    def test_a_checkpoint_that_does_not_say_its_task(self, folder: Path, tmp_path: Path) -> None:
+    def test_a_checkpoint_that_does_not_say_its_task(self, checkpoints: Path, tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "model", "itm")
         config = json.loads((tmp_path / "model" / "config.json").read_text())
         del config["architectures"]
@@ -323,8 +315,8 @@ class TestLife:
             Engine(**given)
 
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-    def test_half_precision_gives_float32_scores(self, folder: Path, precision: str, device: torch.device) -> None:
-        models = {task: str(folder / task) for task in TASKS}
+    def test_half_precision_gives_float32_scores(self, checkpoints: Path, precision: str, device: torch.device) -> None:
+        models = {task: str(checkpoints / task) for task in TASKS}
         with Engine.load(models, device=str(device), precision=precision) as engine:
             assert all(np.isfinite(caption.score) for caption in engine.caption(IMAGES[:3]))
             assert all(np.isfinite(answer.score) for answer in engine.answer(IMAGES[:3], QUESTIONS[:3]))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import save_checkpoint
 
 from blip_engine import Engine
 from blip_engine.requests import TASKS, BatchReport, Request, Result, Task, options_for
@@ -23,17 +22,9 @@ IMAGES = [RANDOM.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(13
 TEXTS: dict[Task, tuple[str, ...]] = {"caption": ("",), "vqa": ("what is this ?", "how many dogs ?"), "itm": ("a dog",)}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    for task in TASKS:
-        save_checkpoint(root / task, task)
-    return root
-
-
-def load(folder: Path, device: torch.device, overlap: bool, precision: str = "fp32") -> Engine:
+def load(checkpoints: Path, device: torch.device, overlap: bool, precision: str = "fp32") -> Engine:
     """Three batches of four images, and one of one."""
-    models: dict[str, str] = {task: str(folder / task) for task in TASKS}
+    models: dict[str, str] = {task: str(checkpoints / task) for task in TASKS}
     engine = Engine.load(models, str(device), precision, overlap=overlap)
     for runner in engine._runners.values():
         runner.resident.shapes = Shapes(2, 4)
@@ -41,8 +32,8 @@ def load(folder: Path, device: torch.device, overlap: bool, precision: str = "fp
 
 
 @pytest.fixture
-def engine(folder: Path, device: torch.device) -> Iterator[Engine]:
-    with load(folder, device, overlap=True) as engine:
+def engine(checkpoints: Path, device: torch.device) -> Iterator[Engine]:
+    with load(checkpoints, device, overlap=True) as engine:
         yield engine
 
 
@@ -61,8 +52,8 @@ def results(futures: "list[Future[list[Result]]]") -> list[list[Result]]:
 
 
 @pytest.fixture
-def truth(folder: Path, device: torch.device) -> list[list[Result]]:
-    with load(folder, device, overlap=False) as engine:
+def truth(checkpoints: Path, device: torch.device) -> list[list[Result]]:
+    with load(checkpoints, device, overlap=False) as engine:
         return results(gathered(engine))
 
 
@@ -99,15 +90,18 @@ def test_the_next_batch_begins_before_this_one_is_finished(engine: Engine, monke
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_results_are_the_same_bits(folder: Path, device: torch.device, precision: str) -> None:
-    with load(folder, device, False, precision) as usual, load(folder, device, True, precision) as overlapping:
+def test_results_are_the_same_bits(checkpoints: Path, device: torch.device, precision: str) -> None:
+    with (
+        load(checkpoints, device, False, precision) as usual,
+        load(checkpoints, device, True, precision) as overlapping,
+    ):
         expected = results(gathered(usual, TASKS))
         for _ in range(3):  # on a GPU the second batch of a kind is captured, and the third replayed
             assert results(gathered(overlapping, TASKS)) == expected
 
 
-def test_embeddings_too(folder: Path, device: torch.device) -> None:
-    with load(folder, device, False) as usual, load(folder, device, True) as overlapping:
+def test_embeddings_too(checkpoints: Path, device: torch.device) -> None:
+    with load(checkpoints, device, False) as usual, load(checkpoints, device, True) as overlapping:
         found = []
         for engine in (usual, overlapping):
             asked = [Request("itm", "embed", pixels, ("a dog", ""), options_for("embed", {})) for pixels in IMAGES]
@@ -187,8 +181,8 @@ def test_time_is_counted_once(engine: Engine) -> None:
     assert 0 < sum(report.busy_seconds for report in reports) <= took
 
 
-def test_closing_finishes_what_has_begun(folder: Path, device: torch.device) -> None:
-    engine = load(folder, device, overlap=True)
+def test_closing_finishes_what_has_begun(checkpoints: Path, device: torch.device) -> None:
+    engine = load(checkpoints, device, overlap=True)
     futures = gathered(engine)
     engine.close()
     assert all(future.done() and future.exception() is None for future in futures)

@@ -23,27 +23,19 @@ ENC = len(WORDS) + 1
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    for task in TASKS:
-        save_checkpoint(root / task, task)
-    return root
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[Engine]:
-    with Engine.load({task: str(folder / task) for task in TASKS}, device="cpu", precision="fp32") as engine:
+def engine(checkpoints: Path) -> Iterator[Engine]:
+    with Engine.load({task: str(checkpoints / task) for task in TASKS}, device="cpu", precision="fp32") as engine:
         yield engine
 
 
-def drop_in(folder: Path, task: Any) -> tuple[Any, BlipProcessor]:
-    return CLASSES[task].from_pretrained(folder / task), BlipProcessor.from_pretrained(folder / task)
+def drop_in(checkpoints: Path, task: Any) -> tuple[Any, BlipProcessor]:
+    return CLASSES[task].from_pretrained(checkpoints / task), BlipProcessor.from_pretrained(checkpoints / task)
 
 
 class TestChosenAnswers:
     @pytest.mark.parametrize("most", [128, 3, 1])
-    def test_ranked_as_the_model_ranks_them(self, engine: Engine, folder: Path, most: int) -> None:
-        model, processor = drop_in(folder, "vqa")
+    def test_ranked_as_the_model_ranks_them(self, engine: Engine, checkpoints: Path, most: int) -> None:
+        model, processor = drop_in(checkpoints, "vqa")
         answers = processor(text=ANSWERS, padding=True, return_tensors="pt").input_ids
         images = [IMAGES[i % 5] for i in range(8)]
         inputs = processor(images, QUESTIONS, padding=True, return_tensors="pt")
@@ -86,9 +78,9 @@ class TestChosenAnswers:
 
 class TestRetrieval:
     @torch.no_grad()
-    def scores(self, folder: Path, enc: bool) -> tuple[Any, Any]:
+    def scores(self, checkpoints: Path, enc: bool) -> tuple[Any, Any]:
         """(images, texts) logits + cosines, and cosines, of every pair, with the model itself."""
-        model, processor = drop_in(folder, "itm")
+        model, processor = drop_in(checkpoints, "itm")
         texts = processor(text=QUESTIONS[:4], padding=True, return_tensors="pt")
         pixels = processor(IMAGES, return_tensors="pt").pixel_values
         cosines = model(**texts, pixel_values=pixels, use_itm_head=False).itm_score
@@ -103,8 +95,8 @@ class TestRetrieval:
 
     @pytest.mark.parametrize("enc", [False, True])
     @pytest.mark.parametrize("k", [1, 3, 100])
-    def test_nearest_first_then_by_both_heads(self, engine: Engine, folder: Path, k: int, enc: bool) -> None:
-        scores, cosines = self.scores(folder, enc)
+    def test_nearest_first_then_by_both_heads(self, engine: Engine, checkpoints: Path, k: int, enc: bool) -> None:
+        scores, cosines = self.scores(checkpoints, enc)
         of_texts = find_images(engine, QUESTIONS[:4], IMAGES, k, enc_token=enc)
         of_images = find_texts(engine, IMAGES, QUESTIONS[:4], k, enc_token=enc)
         for found, score, cosine in [
@@ -171,8 +163,8 @@ class TestReading:
     """The switches for Salesforce's ways."""
 
     @torch.no_grad()
-    def test_enc_token(self, engine: Engine, folder: Path) -> None:
-        model, processor = drop_in(folder, "itm")
+    def test_enc_token(self, engine: Engine, checkpoints: Path) -> None:
+        model, processor = drop_in(checkpoints, "itm")
         inputs = processor(IMAGES[:3], ["a dog", "a cat", "the red cat"], padding=True, return_tensors="pt")
         cosine = model(**inputs, use_itm_head=False).itm_score.diagonal()
         inputs["input_ids"][:, 0] = ENC
@@ -183,8 +175,8 @@ class TestReading:
         assert [m.itc for m in found] == pytest.approx(cosine.tolist(), abs=1e-5)  # [CLS] stays there
         assert found != engine.match(IMAGES[:3], ["a dog", "a cat", "the red cat"])
 
-    def test_enc_token_of_questions(self, engine: Engine, folder: Path) -> None:
-        model, processor = drop_in(folder, "vqa")
+    def test_enc_token_of_questions(self, engine: Engine, checkpoints: Path) -> None:
+        model, processor = drop_in(checkpoints, "vqa")
         inputs = processor(IMAGES[:4], QUESTIONS[:4], padding=True, return_tensors="pt")
         inputs["input_ids"][:, 0] = ENC
         truth = model.generate(**inputs, num_beams=3, max_new_tokens=9)
@@ -234,19 +226,19 @@ class TestReading:
 class TestLargerImages:
     """Salesforce answered questions at 480 pixels with positions learned at 384."""
 
-    def test_positions_are_interpolated_once(self, folder: Path) -> None:
+    def test_positions_are_interpolated_once(self, checkpoints: Path) -> None:
         large = [RANDOM.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(3)]
-        model, processor = drop_in(folder, "vqa")
+        model, processor = drop_in(checkpoints, "vqa")
         inputs = processor(large, QUESTIONS[:3], padding=True, return_tensors="pt", size={"height": 40, "width": 40})
         truth = model.generate(**inputs, interpolate_pos_encoding=True, num_beams=3, max_new_tokens=9)
         with Engine(device="cpu", precision="fp32") as engine:
-            info = engine.load_model("vqa", str(folder / "vqa"), "vqa", image_size=40)
+            info = engine.load_model("vqa", str(checkpoints / "vqa"), "vqa", image_size=40)
             assert info.image_size == (40, 40)
             assert [a.text for a in engine.answer(large, QUESTIONS[:3])] == processor.batch_decode(
                 truth, skip_special_tokens=True
             )
-            assert engine.load_model("vqa", str(folder / "vqa"), "vqa", image_size=40) is info
+            assert engine.load_model("vqa", str(checkpoints / "vqa"), "vqa", image_size=40) is info
             with pytest.raises(CheckpointError, match="taken"):
-                engine.load_model("vqa", str(folder / "vqa"), "vqa", image_size=48)
+                engine.load_model("vqa", str(checkpoints / "vqa"), "vqa", image_size=48)
             with pytest.raises(InputError, match="multiple of the patch size 8"):
-                engine.load_model("other", str(folder / "vqa"), "vqa", image_size=42)
+                engine.load_model("other", str(checkpoints / "vqa"), "vqa", image_size=42)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import save_checkpoint, small_config
+from small_models import small_config
 from work_counting import counting
 
 from benchmarks import flops
@@ -25,7 +25,7 @@ from benchmarks.common import config_of
 from blip_engine import BlipConfig, Engine
 from blip_engine.checkpoint import find_checkpoint
 from blip_engine.generation import Memory, Prompt, decoding
-from blip_engine.requests import TASKS, Answer, GenerationOptions, Request, Task, options_for
+from blip_engine.requests import Answer, GenerationOptions, Request, Task, options_for
 from blip_engine.resident import LENGTH_STEP as LENGTH
 from blip_engine.resident import ResidentModel, Shapes
 from blip_engine.runner import Runner, runner_for
@@ -44,17 +44,9 @@ BEAMS, STEPS = 3, 6
 WORDS = ("dog", "cat", "picture", "photo", "red", "blue", "green", "run")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    for task in TASKS:
-        save_checkpoint(root / task, task)
-    return root
-
-
-def runner_of(folder: Path, task: Task) -> Runner[Any]:
+def runner_of(checkpoints: Path, task: Task) -> Runner[Any]:
     resident: ResidentModel[Any] = ResidentModel(
-        find_checkpoint(folder / task), task, torch.device("cpu"), torch.float32
+        find_checkpoint(checkpoints / task), task, torch.device("cpu"), torch.float32
     )
     resident.shapes = SHAPES
     return runner_for(task, resident)
@@ -108,9 +100,9 @@ WORKLOADS = [("caption", 16, 1), ("vqa", 16, 1), ("vqa", 16, 8), ("itm", 16, 1),
 
 
 @pytest.mark.parametrize(("task", "images", "texts"), WORKLOADS)
-def test_products(folder: Path, task: Task, images: int, texts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products(checkpoints: Path, task: Task, images: int, texts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full batches compute what is needed and not a product more: no pass per question, no projection per beam."""
-    runner = runner_of(folder, task)
+    runner = runner_of(checkpoints, task)
     with counting(runner, monkeypatch) as work:
         run(runner, requests(task, images, texts))
     assert work.flop == needed(task, images, texts)
@@ -118,8 +110,8 @@ def test_products(folder: Path, task: Task, images: int, texts: int, monkeypatch
 
 
 @pytest.mark.parametrize("beams", [1, 3, 8])
-def test_beams_share_the_image(folder: Path, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = runner_of(folder, "caption")
+def test_beams_share_the_image(checkpoints: Path, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = runner_of(checkpoints, "caption")
     with counting(runner, monkeypatch) as work:
         run(runner, requests("caption", 16, 1, beams=beams))
     assert work.flop == needed("caption", 16, 1, beams)
@@ -137,23 +129,23 @@ class TestKeysAndValues:
 
     @pytest.mark.parametrize(("task", "images", "texts"), WORKLOADS)
     def test_of_images(
-        self, folder: Path, task: Task, images: int, texts: int, monkeypatch: pytest.MonkeyPatch
+        self, checkpoints: Path, task: Task, images: int, texts: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Blocks of images are joined once, with the states; texts and beams copy nothing."""
         states = SETTINGS.vision_config.hidden_size * SEEN * 4 / flops.cross_bytes(SETTINGS, 4)
-        assert copied(runner_of(folder, task), requests(task, images, texts), monkeypatch) <= 1 + states
+        assert copied(runner_of(checkpoints, task), requests(task, images, texts), monkeypatch) <= 1 + states
 
     @pytest.mark.parametrize(("task", "images", "texts"), [("vqa", 4, 8), ("itm", 4, 8), ("caption", 4, 1)])
     def test_of_images_are_shared(
-        self, folder: Path, task: Task, images: int, texts: int, monkeypatch: pytest.MonkeyPatch
+        self, checkpoints: Path, task: Task, images: int, texts: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A block of images, all of whose texts fit one batch, needs no copy, or one to lay them out for attention."""
-        runner = runner_of(folder, task)
+        runner = runner_of(checkpoints, task)
         runner.resident.shapes = Shapes(images, images)
         assert copied(runner, requests(task, images, texts), monkeypatch) <= 1
 
-    def own(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-        runner = runner_of(folder, "caption")
+    def own(self, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+        runner = runner_of(checkpoints, "caption")
         with counting(runner, monkeypatch) as work:
             run(runner, requests("caption", 16, 1))
         return work.copies.own
@@ -162,32 +154,32 @@ class TestKeysAndValues:
         """Of one token of one row, all layers."""
         return 2 * SETTINGS.text_config.num_hidden_layers * SETTINGS.text_config.hidden_size * 4
 
-    def test_of_beams(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_beams(self, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every token is written once. Beams that follow their parents copy nothing."""
         written = 16 * (1 + BEAMS * (STEPS - 1))
-        assert self.own(folder, monkeypatch) == written * self.token_bytes()
+        assert self.own(checkpoints, monkeypatch) == written * self.token_bytes()
 
 
 class TestWaits:
     """Calls that wait for the device: behind each one it runs dry until it is told more."""
 
-    def waits(self, folder: Path, task: Task, steps: int, monkeypatch: pytest.MonkeyPatch) -> int:
-        runner = runner_of(folder, task)
+    def waits(self, checkpoints: Path, task: Task, steps: int, monkeypatch: pytest.MonkeyPatch) -> int:
+        runner = runner_of(checkpoints, task)
         with counting(runner, monkeypatch) as work:
             run(runner, requests(task, 16, 1, steps))
         return work.waits.calls.total()
 
-    def per_step(self, folder: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> float:
-        few, many = (self.waits(folder, task, steps, monkeypatch) for steps in (4, 12))
+    def per_step(self, checkpoints: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> float:
+        few, many = (self.waits(checkpoints, task, steps, monkeypatch) for steps in (4, 12))
         return (many - few) / 8
 
     @pytest.mark.parametrize("task", ["caption", "vqa"])
-    def test_one_a_step_at_most(self, folder: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert self.per_step(folder, task, monkeypatch) <= 1
+    def test_one_a_step_at_most(self, checkpoints: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.per_step(checkpoints, task, monkeypatch) <= 1
 
-    def test_none_in_the_decoding_itself(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_none_in_the_decoding_itself(self, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A GPU is asked every few tokens whether all is settled, a CPU after each."""
-        runner = runner_of(folder, "caption")
+        runner = runner_of(checkpoints, "caption")
         decoder, ids = runner.resident.model.text_decoder, torch.full((4, 1), SETTINGS.text_config.bos_token_id)
         states = torch.zeros(4, SEEN, SETTINGS.vision_config.hidden_size)
         options = options_for("caption", {"repetition_penalty": 1.2, "min_new_tokens": 3})
@@ -199,20 +191,22 @@ class TestWaits:
 
     @pytest.mark.parametrize(("task", "most"), [("caption", 3), ("vqa", 3), ("itm", 3)])
     def test_results_are_read_at_once(
-        self, folder: Path, task: Task, most: int, monkeypatch: pytest.MonkeyPatch
+        self, checkpoints: Path, task: Task, most: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Beside those of the steps: tokens, lengths and scores of a batch."""
         steps = 4
-        found = self.waits(folder, task, steps, monkeypatch) - steps * self.per_step(folder, task, monkeypatch)
+        found = self.waits(checkpoints, task, steps, monkeypatch) - steps * self.per_step(
+            checkpoints, task, monkeypatch
+        )
         assert found <= most
 
 
 class TestBatches:
     """What the engine makes of a queue: blank rows cost as much as others."""
 
-    def vision_rows(self, folder: Path, texts: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    def vision_rows(self, checkpoints: Path, texts: int, monkeypatch: pytest.MonkeyPatch) -> int:
         """Rows of the vision tower for 16 images that wait in the queue."""
-        with Engine.load({"vqa": str(folder / "vqa")}, device="cpu", precision="fp32") as engine:
+        with Engine.load({"vqa": str(checkpoints / "vqa")}, device="cpu", precision="fp32") as engine:
             resident = engine._runners["vqa"].resident
             resident.shapes = SHAPES
             rows: list[int] = []
@@ -232,11 +226,13 @@ class TestBatches:
             return sum(rows)
 
     @pytest.mark.parametrize("texts", [1, 4, 8])
-    def test_no_blank_images_while_others_wait(self, folder: Path, texts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert self.vision_rows(folder, texts, monkeypatch) == 16
+    def test_no_blank_images_while_others_wait(
+        self, checkpoints: Path, texts: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.vision_rows(checkpoints, texts, monkeypatch) == 16
 
-    def test_short_texts_share_a_batch(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        runner = runner_of(folder, "vqa")
+    def test_short_texts_share_a_batch(self, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        runner = runner_of(checkpoints, "vqa")
         asked = requests("vqa", 16, 1)
         shorter = [replace(request, texts=("dog",)) for request in asked]
         with counting(runner, monkeypatch) as alone:

@@ -1,10 +1,12 @@
 """Scaled dot-product attention and its masks, the one place where both towers attend."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .precision import cpu_features
 
@@ -12,6 +14,9 @@ from .precision import cpu_features
 #: second product have read them, which cost a seventh of the vision tower's attention.
 _AT_ONCE = 2_000_000
 _TILE_ROWS = 8
+_SHORT = 64  # queries: fewer than any image has patches
+_UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_ALIGNED = 8  # elements: torch's kernels pad a mask whose rows are not, anew in each layer
 
 
 def attend(
@@ -24,12 +29,23 @@ def attend(
     """
     plain = weights or _learns(mask, query, key, value) or prefers_products(query.device.type, query.dtype)
     if not plain:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
+        with _kernels_for(query, mask):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
     if mask is None and not weights and not dropout and not torch.is_grad_enabled():
         return _in_parts(query, key, value), None
     probabilities = _scores(query, key, mask).softmax(dim=-1)
     kept = F.dropout(probabilities, dropout) if dropout else probabilities
     return kept @ value, probabilities if weights else None
+
+
+def _kernels_for(query: Tensor, mask: Tensor | None) -> AbstractContextManager[None]:
+    """Keeps texts on a GPU from cuDNN, which torch may prefer on recent ones.
+
+    It makes a plan for every shape, which takes a large part of a second, and decoding has another one in every step.
+    """
+    if query.is_cuda and (mask is not None or query.shape[2] < _SHORT):
+        return sdpa_kernel(_UNPLANNED)
+    return nullcontext()
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
@@ -120,5 +136,7 @@ def causal_mask(length: int, past: int, attention_mask: Tensor | None, like: Ten
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     # Half of the lowest finite number: exp() of it is exactly 0, and a row that sees nothing (left padding) stays
     # finite instead of turning into NaN.
-    hidden = torch.finfo(dtype).min / 2
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, hidden)
+    hidden, length = torch.finfo(dtype).min / 2, visible.shape[-1]
+    room = -(-length // _ALIGNED) * _ALIGNED if visible.is_cuda else length
+    mask = torch.zeros(*visible.shape[:-1], room, dtype=dtype, device=visible.device)[..., :length]
+    return mask.masked_fill_(~visible, hidden)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .config import CONFIG_FILE
-from .errors import CheckpointError, OptionError
+from .errors import CheckpointError, OptionError, first_line
 from .requests import DEMO_MODEL, Task
 from .shapes import demo_checkpoint
 
@@ -151,7 +151,7 @@ def fetch_from_hub(
             "give a local directory, or set HF_HOME to a cache that holds it"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        line = first_line(error)
         raise CheckpointError(f"model {source!r} cannot be fetched from the hub: {line}") from None
 
 
@@ -195,7 +195,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def as_tensors(path: Path, value: Any) -> dict[str, Tensor]:

@@ -10,36 +10,52 @@ On a CPU in half precision `packing` does the same without a compiler.
 
 import logging
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .errors import first_line
+
 _log = logging.getLogger(__name__)
 
+_MOST_SHAPES = 64  # of all models of a process together; a model has one, and another each time memory runs out
 _ROUNDINGS = 8  # of the number type, relative to the largest state: how far compiled layers may be from the others
 
 
 @torch.inference_mode()
-def compile_layers(layers: Sequence[nn.Module], states: Tensor) -> bool:
-    """Compile layers that take `states` (B, T, width), and whether that worked; if not, they stay as they were.
+def compile_layers(layers: Sequence[nn.Module], embedded: Callable[[], Tensor]) -> bool:
+    """Compile layers for states (B, T, width) as `embedded` makes them, and whether that worked; if not, they stay.
 
-    It does not where torch finds no compiler (Triton's needs a C compiler, too), or if the results differ by more than
-    rounding. The log says so.
+    It does not where torch finds no compiler (Triton's needs a C compiler, too), where memory runs out, or if the
+    results differ by more than rounding. The log says so. They may be compiled before, for another shape.
     """
     started = time.perf_counter()
-    truth = _through(layers, states)
+    _make_eager(layers)
     try:
-        for layer in layers:
-            layer.compile(dynamic=False)
-        _check(_through(layers, states), truth)
+        torch._dynamo.config.recompile_limit = max(_MOST_SHAPES, torch._dynamo.config.recompile_limit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that float32 products could be less exact, and what torch deprecates
+            _compile_and_check(layers, embedded())
     except Exception as error:  # a compiler has many; without it everything works, only slower
-        for layer in layers:
-            layer._compiled_call_impl = None
-        _log.warning("the vision tower is not compiled: %s", str(error).strip().splitlines()[0])
+        _make_eager(layers)
+        _log.warning("the vision tower is not compiled: %s", first_line(error))
         return False
     _log.info("the vision tower is compiled (%.0f s)", time.perf_counter() - started)
     return True
+
+
+def _make_eager(layers: Sequence[nn.Module]) -> None:
+    for layer in layers:
+        layer._compiled_call_impl = None
+
+
+def _compile_and_check(layers: Sequence[nn.Module], states: Tensor) -> None:
+    truth = _through(layers, states)
+    for layer in layers:
+        layer.compile(dynamic=False)
+    _check(_through(layers, states), truth)
 
 
 def _through(layers: Sequence[nn.Module], states: Tensor) -> Tensor:

@@ -144,6 +144,7 @@ class Engine:
             ).result()
         info = ModelInfo(name, task, model, checkpoint.revision, digest.result(), resident.image_size)
         self._runners[name] = runner_for(task, resident)
+        self._steps.runners.append(self._runners[name])
         if task == "itm":
             self._embedders[name] = EmbedRunner(resident)
         self._infos[name] = info

@@ -41,3 +41,8 @@ class ImageError(InputError):
 
 class EngineClosedError(BlipError):
     """The engine was closed before it could answer."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without the lines that follow; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -9,15 +9,18 @@ gave bit for bit what the usual way gave. What cannot be captured, or differs, g
 """
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeVar
+from typing import ClassVar, Final, Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from .cache import CrossKeys
+from .errors import first_line
 from .generation import WAIT_EVERY, Memory, Prompt, decoding, generate
 from .requests import GenerationOptions
 from .search import Generated, Search
@@ -41,17 +44,39 @@ class Capture(Protocol):
     def __call__(self, function: Callable[[], ValueT]) -> tuple[Graph, ValueT]: ...
 
 
-def cuda_capture() -> Capture:
-    """Captures by torch.cuda.graph, into one pool of memory."""
-    pool = torch.cuda.graph_pool_handle()
+class CudaCapture:
+    """Captures what a function asks of one GPU. Raises RuntimeError where that cannot be captured.
 
-    def capture(function: Callable[[], ValueT]) -> tuple[Graph, ValueT]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            found = function()
+    As `torch.cuda.graph` does, but for three things: that takes its stream from the thread's current device, and what
+    then is captured on another one is an empty graph; it stays in its stream when a capture is cut short; and a pool of
+    memory whose graphs are all gone cannot be used again. Kernels keep the priority of their stream: those of decoding
+    are small and waited for, and go before the vision tower's of the next batch.
+    """
+
+    _one: ClassVar[threading.Lock] = threading.Lock()  # torch allows one capture at a time in a process
+    _cut_short: ClassVar[bool] = False  # torch's allocator takes the capture for one that goes on
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device, priority=-1)
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+
+    def __call__(self, function: Callable[[], ValueT]) -> tuple[Graph, ValueT]:
+        with CudaCapture._one, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            if CudaCapture._cut_short:
+                raise RuntimeError("a capture before was cut short")
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # while something is captured nothing can be
+            graph = torch.cuda.CUDAGraph()
+            pool = next((other.pool() for other in self._graphs), None)
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            CudaCapture._cut_short = True
+            try:
+                found = function()
+            finally:
+                graph.capture_end()
+                CudaCapture._cut_short = False
+        self._graphs.add(graph)
         return graph, found
-
-    return capture
 
 
 @dataclass(frozen=True)
@@ -91,6 +116,13 @@ class _Captured:
     inputs: list[Tensor]
     #: per few tokens: the graph, whether all was settled behind it, the result so far
     parts: list[tuple[Graph, Tensor, Generated]] = field(default_factory=list)
+
+    def spoil(self) -> None:
+        """Overwrite all results: what is not computed again by the graphs will show."""
+        for _, settled, found in self.parts:
+            settled.fill_(False)
+            found.tokens.fill_(-1)
+            found.scores.fill_(torch.nan)
 
     def read(self, tensors: Sequence[Tensor]) -> None:
         """Bring the inputs to where the graphs read them."""
@@ -149,11 +181,16 @@ class GraphedDecoder:
         """Capture a kind, unless that fails or gives another result than the usual way gave."""
         try:
             captured = self._captured(inputs, options)
+            captured.spoil()
             found = captured.run(inputs.tensors())
             if not (torch.equal(found.tokens, truth.tokens) and torch.equal(found.scores, truth.scores)):
                 raise RuntimeError("the captured kernels gave another result")
+        except torch.OutOfMemoryError:  # this batch has its result; when the kind comes again there may be room
+            _log.warning("no memory to capture decoding as a CUDA graph; those that were captured are freed")
+            self.forget()
+            return
         except RuntimeError as error:  # of torch: the capture is void, the batch has its result, later ones go on so
-            _log.warning("decoding is not captured as a CUDA graph: %s", str(error).splitlines()[0])
+            _log.warning("decoding is not captured as a CUDA graph: %s", first_line(error))
             del self._kinds[kind]
             self._refused.add(kind)
             return

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .errors import first_line
 from .text import BlipTextLMPredictionHead
 from .text_layers import BlipTextIntermediate, BlipTextSelfAttention, BlipTextSelfOutput
 from .vision import BlipAttention, BlipMLP
@@ -100,7 +101,7 @@ def can_pack(device: torch.device, dtype: torch.dtype, kind: type[PackedLinear] 
             plain = F.linear(states, weight, bias)
             pairs = (kind(weight, bias)(states), plain), (kind(weight, bias, gelu=True)(states), F.gelu(plain))
     except (RuntimeError, AttributeError, NotImplementedError) as error:  # another build of torch: its caller decides
-        _log.info("no %s here: %s", kind.__name__, str(error).splitlines()[0])
+        _log.info("no %s here: %s", kind.__name__, first_line(error))
         return False
     return all(torch.allclose(packed, truth, atol=0.5, rtol=0.05) for packed, truth in pairs)
 

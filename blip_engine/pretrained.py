@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from .checkpoint import SAFETENSORS_FILE, Checkpoint, HubOptions, check_tensors, find_checkpoint
 from .config import CONFIG_FILE, BlipConfig, BlipTextConfig, BlipVisionConfig
-from .errors import CheckpointError, OptionError
+from .errors import CheckpointError, OptionError, first_line
 from .outputs import ModelOutput
 from .precision import choose_device
 
@@ -136,7 +136,7 @@ class PreTrainedModel(nn.Module, Generic[ConfigT]):
             with torch.device("meta"), _Unfilled():
                 model = cls(config)
         except (TypeError, ValueError, RuntimeError) as error:
-            line = str(error).splitlines()[0]
+            line = first_line(error)
             raise CheckpointError(f"{checkpoint.source}: {CONFIG_FILE} describes no model: {line}") from None
         if isinstance(device_map, Mapping):
             _check_parts(model, device_map)

@@ -156,7 +156,8 @@ class ResidentModel(Generic[ModelT]):
         if words > room:  # on a GPU an id outside the vocabulary ends the process
             raise CheckpointError(f"{checkpoint.source}: the tokenizer has {words} words, the model room for {room}")
         if device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in the patches' convolution too
+            # fp32 means fp32, in the patches' convolution too, and whatever the environment says of products
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self.device, self.dtype = device, dtype
         self.attention = "product" if prefers_products(device.type, dtype) else "fused"
         vision = self.model.config.vision_config
@@ -183,8 +184,12 @@ class ResidentModel(Generic[ModelT]):
     def _compile(self) -> bool:
         tower, noise = self.model.vision_model, np.random.default_rng(0)
         images = noise.integers(0, 256, (self.shapes.images, *self.image_size, 3), dtype=np.uint8)
-        with torch.inference_mode():
-            return compile_layers(list(tower.encoder.layers), tower.embeddings(self._normalise(list(images))))
+        return compile_layers(list(tower.encoder.layers), lambda: tower.embeddings(self._normalise(list(images))))
+
+    def resize(self, shapes: Shapes) -> None:
+        """Run batches of other sizes from now on. What was compiled is compiled for them now, not within a batch."""
+        self.shapes = shapes
+        self.compiled = self.compiled and self._compile()
 
     def attending_text(self) -> BlipTextModel:
         """The part of the model that looks at images."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from .cleaning import clean_caption, clean_question
 from .errors import InputError
 from .generation import Memory, Prompt
-from .graphs import GraphedDecoder, cuda_capture
+from .graphs import CudaCapture, GraphedDecoder
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from .narrowing import NarrowingDecoder
 from .ranking import LABEL_SMOOTHING, answer_scores, first_token_chances, with_keys
@@ -32,7 +32,7 @@ from .requests import (
     Result,
     Task,
 )
-from .resident import ImageStates, ModelT, Pixels, ResidentModel, Shapes, TextBatch
+from .resident import ImageStates, ModelT, Pixels, ResidentModel, Shapes, TextBatch, batched
 from .search import Generated
 
 
@@ -135,7 +135,11 @@ class Runner(ABC, Generic[ModelT]):
 
     def resize(self, shapes: Shapes) -> None:
         """Run batches of other sizes from now on, and give up memory that those of before hold."""
-        self.resident.shapes = shapes
+        self.forget()
+        self.resident.resize(shapes)
+
+    def forget(self) -> None:
+        """Give up memory that is held for batches to come."""
 
     pads_left = False
 
@@ -169,10 +173,9 @@ class _Generating(Runner[GeneratingT]):
         decoder = resident.model.text_decoder
         self._decoder: GraphedDecoder | NarrowingDecoder = NarrowingDecoder(decoder)
         if resident.device.type == "cuda":
-            self._decoder = GraphedDecoder(decoder, cuda_capture())
+            self._decoder = GraphedDecoder(decoder, CudaCapture(resident.device))
 
-    def resize(self, shapes: Shapes) -> None:
-        super().resize(shapes)
+    def forget(self) -> None:
         self._decoder.forget()
 
     def _generate(self, prompt: Prompt, memory: Memory, stage: _Stage) -> Generated:
@@ -310,7 +313,8 @@ class MatchRunner(Runner[BlipForImageTextRetrieval]):
         """Unit vectors (N, projection) float32 of uint8 images at the model's size."""
         if not pixels:
             return torch.empty(0, self.resident.model.config.image_text_hidden_size)
-        return self._projected(self.resident.image_states(pixels))[: len(pixels)]
+        parts = batched(pixels, self.resident.shapes.images)  # states of one are dropped before the next one's are made
+        return torch.cat([self._projected(self.resident.image_states(part)) for part in parts])[: len(pixels)]
 
     def _projected(self, blocks: Sequence[Tensor]) -> Tensor:
         return torch.cat([self.resident.model.project_image(block) for block in blocks]).float().cpu()

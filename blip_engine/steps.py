@@ -90,6 +90,7 @@ class Steps:
         self.batcher: Batcher[Entry | _Call] = Batcher()
         self.oom_splits = 0  # how often the device ran out of memory and batches were halved
         self.on_batch: Callable[[BatchReport], None] | None = None
+        self.runners: list[AnyRunner] = []  # all of this device: their memory goes first where it runs out
         self._device, self._overlaps = device, overlap
         self._beside = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
         self._following: _Started | None = None  # beside the batch that runs
@@ -105,6 +106,8 @@ class Steps:
 
     def serve(self) -> None:
         """Run batches until the queue is closed and empty."""
+        if self._device.index is not None and self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # what names no device means this one: events, streams, kernels
         current: _Started | None = None
         while True:
             taken = self.batcher.take(wait=current is None)
@@ -143,10 +146,8 @@ class Steps:
     def _run(self, batch: list[Entry], started: _Started | None = None) -> None:
         try:
             results = self._finish(started or self._start(batch))
-        except torch.OutOfMemoryError as error:  # the batch is run again, smaller, unless it cannot be
+        except Exception as error:  # out of memory it is run again, smaller; else row by row; a row's is its own
             traceback.clear_frames(error.__traceback__)  # they hold what the batch took of the memory
-            failure: Exception = error
-        except Exception as error:  # a batch's failure is tried row by row, a row's is its own
             failure = error
         else:
             for entry, result in zip(batch, results, strict=True):
@@ -186,15 +187,25 @@ class Steps:
 
     def _made_room(self, runner: AnyRunner) -> bool:
         """Whether there is less to hold from now on: one batch instead of two, or smaller ones."""
+        try:
+            return self._shrunk(runner)
+        except Exception:  # the batch fails with what it failed with, and this thread goes on
+            _log.exception("batches could not be made smaller")
+            return False
+
+    def _shrunk(self, runner: AnyRunner) -> bool:
         shapes = runner.resident.shapes
         if self._following is not None:
             self._following, self._overlaps = None, False
+            torch.cuda.empty_cache()
             _log.warning("out of device memory: the next batch no longer begins beside this one")
         elif shapes != shapes.halved():
             self.oom_splits += 1
+            for each in self.runners:
+                each.forget()
+            torch.cuda.empty_cache()
             runner.resize(shapes.halved())
             _log.warning("out of device memory: batches of %s are now %s", shapes, runner.resident.shapes)
         else:
             return False
-        torch.cuda.empty_cache()
         return True

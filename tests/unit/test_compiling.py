@@ -84,6 +84,27 @@ def test_batches_of_another_size(engine: Engine) -> None:
     assert [row[0].text for row in found] == [row[0].text for row in truth]  # type: ignore[union-attr]
 
 
+def test_another_size_that_cannot_be_compiled(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No batch fails with it; the rest goes on without."""
+    runner = engine._runners["caption"]
+    before, truth = runner.resident.shapes, ask(engine, "caption", IMAGES)
+    layers = runner.resident.model.vision_model.encoder.layers
+    with monkeypatch.context() as context:
+        context.setattr(type(layers[0]), "compile", lambda *_, **__: 1 / 0)
+        engine._steps.call(lambda: runner.resize(Shapes(5, 10))).result(60)
+    try:
+        assert "not compiled: division by zero" in caplog.text
+        assert not runner.resident.compiled
+        found = ask(engine, "caption", IMAGES)
+    finally:
+        runner.resident.compiled = True
+        engine._steps.call(lambda: runner.resize(before)).result(60)
+    assert runner.resident.compiled
+    assert [row[0].text for row in found] == [row[0].text for row in truth]  # type: ignore[union-attr]
+
+
 class Layer(torch.nn.Module):
     """A layer whose compilation fails, or gives something else."""
 
@@ -104,6 +125,7 @@ class Layer(torch.nn.Module):
     ("compiled", "said"),
     [
         (RuntimeError("no C compiler\nfurther lines"), "the vision tower is not compiled: no C compiler"),
+        (RuntimeError(), "the vision tower is not compiled: RuntimeError"),
         (lambda states: (states + 2, None), "the vision tower is not compiled: compiled layers differ by"),
         (lambda states: (states * torch.nan, None), "the vision tower is not compiled: compiled layers differ by nan"),
     ],
@@ -111,7 +133,7 @@ class Layer(torch.nn.Module):
 def test_what_cannot_be_compiled_stays(compiled: Any, said: str, caplog: pytest.LogCaptureFixture) -> None:
     layers, states = [Layer(compiled), Layer(compiled)], torch.zeros(2, 3, 4)
     with caplog.at_level(logging.WARNING):
-        assert not compile_layers(layers, states)
+        assert not compile_layers(layers, lambda: states)
     assert said in caplog.text
     assert "further lines" not in caplog.text
     assert layers[0](states)[0].equal(states + 1)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,6 +18,7 @@ from blip_engine import BlipProcessor, Engine
 from blip_engine.engine import ModelInfo
 from blip_engine.errors import CheckpointError, EngineClosedError, InputError, OptionError
 from blip_engine.requests import TASKS, Request, Result, options_for
+from blip_engine.resident import Shapes
 from blip_engine.runner import Begun, Prepared
 
 WAIT = 60  # seconds until a future that does not settle fails its test
@@ -237,6 +239,62 @@ class TestFaults:
                 with pytest.raises(torch.OutOfMemoryError):
                     future.result(WAIT)
         assert len(own.caption(IMAGES)) == 21  # and the engine lives on
+
+    def test_batches_that_cannot_be_made_smaller(
+        self, own: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        errors: list[Exception] = [torch.OutOfMemoryError("out of memory")]
+
+        def fail(batch: Sequence[Prepared]) -> None:
+            if errors:
+                raise errors.pop()
+
+        def resize(shapes: Shapes) -> None:
+            raise RuntimeError("no memory for this either")
+
+        with monkeypatch.context() as context:
+            inject(own, context, fail)
+            context.setattr(own._runners["caption"], "resize", resize)
+            assert len(own.caption(IMAGES)) == 21  # row by row
+        assert "could not be made smaller" in caplog.text
+        assert len(own.caption(IMAGES)) == 21
+
+    def test_what_other_models_keep_goes_first(
+        self, checkpoints: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        models = {task: str(checkpoints / task) for task in ("caption", "vqa")}
+        errors: list[Exception] = [torch.OutOfMemoryError("out of memory")]
+        forgotten: list[str] = []
+
+        def fail(batch: Sequence[Prepared]) -> None:
+            if errors:
+                raise errors.pop()
+
+        with Engine.load(models, device=str(device), precision="fp32") as engine, monkeypatch.context() as context:
+            inject(engine, context, fail)
+            for name, runner in engine._runners.items():
+                context.setattr(runner, "forget", lambda name=name: forgotten.append(name))
+            engine.caption(IMAGES[:3])
+        assert set(forgotten) == set(models)
+
+    def test_states_of_images_are_not_kept_for_their_vectors(
+        self, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        resident, made, most = engine._runners["itm"].resident, [], []
+        encode = resident.image_states
+
+        def watched(pixels: Sequence[Any]) -> list[torch.Tensor]:
+            states = encode(pixels)
+            made.extend(map(weakref.ref, states))
+            most.append(sum(state() is not None for state in made))
+            return states
+
+        images = IMAGES * 7
+        truth = engine.embed(images)
+        monkeypatch.setattr(resident, "image_states", watched)
+        assert np.array_equal(engine.embed(images), truth)
+        assert len(most) == -(-len(images) // resident.shapes.images) > 1
+        assert max(most) <= 2
 
     def test_a_caller_that_gives_up_harms_nobody(self, own: Engine) -> None:
         held = hold(own)

@@ -1,8 +1,9 @@
 """Captured decoding. A recorder does on a CPU what a CUDA graph does: the same kernels at the same addresses."""
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip_engine import BlipForConditionalGeneration
 from blip_engine.generation import Generated, Memory, Prompt, generate
-from blip_engine.graphs import GraphedDecoder
+from blip_engine.graphs import CudaCapture, GraphedDecoder
 from blip_engine.requests import GenerationOptions, options_for
 
 ROWS, SEEN, WIDTH, BOS = 3, 17, 48, len(WORDS)
@@ -151,6 +152,96 @@ def test_what_cannot_be_captured_goes_on_as_usual(decoder: Any, how: str, caplog
     assert len(captures.graphs) == 1  # it is not tried again
     assert len(caplog.records) == 1
     assert ("not permitted" if how == "raises" else "another result") in caplog.text
+
+
+@torch.no_grad()
+def test_what_replays_nothing_is_not_used(
+    decoder: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on another GPU than the current one: the kernels run while they are captured, and an empty graph remains."""
+    captures, chosen = Captures(), options(max_new_tokens=4)
+    monkeypatch.setattr(Recorder, "replay", lambda _: None)
+    graphed = GraphedDecoder(decoder, captures)
+    for seed in range(4):
+        prompt, memory = batch(decoder, seed)
+        assert same(graphed.generate(prompt, memory, chosen), generate(decoder, prompt, memory, chosen))
+    assert len(captures.graphs) == 1
+    assert "another result" in caplog.text
+
+
+@torch.no_grad()
+def test_memory_that_runs_out_while_capturing(decoder: Any) -> None:
+    """It frees what was captured, and the kind is captured when it comes again."""
+    errors = [torch.OutOfMemoryError("none left")]
+
+    def spoil(found: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return found
+
+    captures, chosen = Captures(spoil), options(max_new_tokens=4)
+    graphed = GraphedDecoder(decoder, captures)
+    for seed in range(5):
+        prompt, memory = batch(decoder, seed)
+        assert same(graphed.generate(prompt, memory, chosen), generate(decoder, prompt, memory, chosen))
+        assert bool(graphed._static) == (seed >= 3)
+    assert len(captures.graphs) == 2
+
+
+class FakeGraph:
+    """What torch.cuda.CUDAGraph is, without a GPU."""
+
+    begun: ClassVar[list[Any]] = []
+    broken = False
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        self.begun.append(pool)
+        self._pool = pool or object()
+
+    def capture_end(self) -> None:
+        if self.broken:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def pool(self) -> Any:
+        return self._pool
+
+    def replay(self) -> None: ...
+
+
+@pytest.fixture
+def cuda_capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaCapture]:
+    """One whose device is not there."""
+    monkeypatch.setattr(FakeGraph, "begun", [])
+    for name, value in {
+        "Stream": lambda device, priority: (device, priority), "CUDAGraph": FakeGraph, "device": nullcontext,
+        "stream": nullcontext, "synchronize": lambda: None, "empty_cache": lambda: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    yield CudaCapture(torch.device("cuda", 1))
+    CudaCapture._cut_short = False
+
+
+def test_a_pool_is_shared_as_long_as_a_graph_uses_it(cuda_capture: CudaCapture) -> None:
+    first, found = cuda_capture(lambda: 7)
+    second, _ = cuda_capture(lambda: 8)
+    assert found == 7
+    assert FakeGraph.begun == [None, first.pool()]  # type: ignore[attr-defined]
+    del first, second
+    cuda_capture(lambda: 9)
+    assert FakeGraph.begun[2] is None
+
+
+def test_what_fails_within_a_capture(cuda_capture: CudaCapture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZeroDivisionError):
+        cuda_capture(lambda: 1 / 0)
+    assert cuda_capture(lambda: 7)[1] == 7  # the capture was ended: others go on
+    monkeypatch.setattr(FakeGraph, "broken", True)
+    with pytest.raises(RuntimeError, match="a previous error"):
+        cuda_capture(lambda: 7)
+    monkeypatch.setattr(FakeGraph, "broken", False)
+    with pytest.raises(RuntimeError, match="cut short"):  # torch takes it for one that goes on
+        cuda_capture(lambda: 7)
 
 
 @torch.no_grad()

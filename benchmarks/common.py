@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,6 +100,13 @@ def settle_process(given: argparse.Namespace) -> torch.device:
     if given.threads:
         torch.set_num_threads(given.threads)
     return choose_device(given.device)
+
+
+def warm_up(run: Callable[[], Any], device: torch.device) -> None:
+    """What the first runs do: kernels are chosen; on a GPU decoding is captured at a kind's second batch."""
+    for _ in range(3 if device.type == "cuda" else 1):
+        run()
+    synchronise(device)
 
 
 def synchronise(device: torch.device) -> None:

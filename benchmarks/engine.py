@@ -108,7 +108,7 @@ def compare(ours: Ours, theirs: Theirs | None, workload: Workload, given: argpar
         "workload": workload.name, "unit": workload.unit, "images": len(images), "precision": given.precision,
         "peer_memory": given.peer_memory,
     }  # fmt: skip
-    ours.run(workload, images)  # kernels are chosen and compiled at the first run
+    common.warm_up(lambda: ours.run(workload, images), device)
     if theirs is None:
         rates = [items / seconds(lambda: ours.run(workload, images), device)[0] for _ in range(given.repeats)]
         return row | {"ours": statistics.median(rates), "all": rates, "note": "transformers cannot run it"}

@@ -98,13 +98,13 @@ def runner_of(given: argparse.Namespace, task: Task, device: torch.device) -> Ru
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = find_checkpoint(str(common.random_checkpoint(Path(folder), task, given.model)))
         dtype, int8 = choose_dtype(given.precision, device), given.precision == "int8"
-        resident: ResidentModel[Any] = ResidentModel(checkpoint, task, device, dtype, int8=int8)
+        compiled = device.type == "cuda"  # as an engine does by itself
+        resident: ResidentModel[Any] = ResidentModel(checkpoint, task, device, dtype, int8=int8, compiled=compiled)
     return runner_for(task, resident)
 
 
 def watch(runner: Runner[Any], batch: Sequence[Any], repeats: int) -> dict[str, float]:
     """Median seconds of every stage of a batch."""
-    runner.run(batch)
     rounds: list[dict[str, float]] = []
     for _ in range(repeats):
         with watching(runner) as seen, seen.stage(HOST):
@@ -124,6 +124,7 @@ def measure(workload: Workload, given: argparse.Namespace, device: torch.device)
     """Seconds, images, FLOP and bytes of every stage of one workload."""
     runner = runner_of(given, workload.task, device)
     batch = batch_of(runner, workload)
+    common.warm_up(lambda: runner.run(batch), device)
     seconds = watch(runner, batch, given.repeats)
     whole = statistics.median(_timed(lambda: runner.run(batch), device) for _ in range(given.repeats))
     config, images = runner.resident.model.config, len(batch)

@@ -54,8 +54,9 @@ class Theirs:
         if workload.texts:
             ids = torch.tensor(self._tokenizer.encode_rows(workload.words)).repeat(len(images), 1)
             pixels = pixels.repeat_interleave(workload.texts, 0)
-        self._inputs = pixels[:most], ids[:most]
-        return len(self._inputs[1])
+        kept = pixels[:most], ids[:most]
+        self._inputs = (kept[0].pin_memory(), kept[1].pin_memory()) if self._device.type == "cuda" else kept
+        return len(ids[:most])
 
     def run(self, workload: Workload, batch: int) -> list[Any]:
         """Results of what was prepared, as plain lists or arrays, batch by batch."""
@@ -63,10 +64,13 @@ class Theirs:
             raise ValueError("nothing was prepared")
         pairs = zip(*(kind.split(batch) for kind in self._inputs), strict=True)
         try:
-            return [self._batch(workload, *(part.to(self._device) for part in pair)) for pair in pairs]
+            return [self._batch(workload, *map(self._sent, pair)) for pair in pairs]
         except torch.OutOfMemoryError:  # not a setting for this device
             torch.cuda.empty_cache()
             raise
+
+    def _sent(self, part: torch.Tensor) -> torch.Tensor:
+        return part.to(self._device, non_blocking=True)
 
     @torch.inference_mode()
     def _batch(self, workload: Workload, pixels: torch.Tensor, ids: torch.Tensor) -> Any:

@@ -63,8 +63,7 @@ def measure(workload: Workload, given: argparse.Namespace, device: torch.device)
     """Profile one batch of a workload."""
     runner = runner_of(given, workload.task, device)
     batch = batch_of(runner, workload)
-    runner.run(batch)
-    common.synchronise(device)
+    common.warm_up(lambda: runner.run(batch), device)
     started = time.perf_counter()
     for _ in range(given.repeats):
         runner.run(batch)

@@ -12,8 +12,12 @@ from torch.profiler import record_function
 
 from blip_engine import search, text_layers, vision
 from blip_engine.absorption import Absorbed
+from blip_engine.generation import Memory, Prompt, generate
+from blip_engine.graphs import GraphedDecoder
+from blip_engine.requests import GenerationOptions
 from blip_engine.resident import ResidentModel
 from blip_engine.runner import Runner
+from blip_engine.search import Generated
 
 from .common import synchronise
 
@@ -48,6 +52,23 @@ def _parts(runner: Runner[Any]) -> list[tuple[str, Any, str]]:
     return parts
 
 
+class _Eager:
+    """A decoder whose steps can be watched: a graph is replayed as one."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+
+    def generate(
+        self,
+        prompt: Prompt,
+        memory: Memory,
+        options: GenerationOptions,
+        uniforms: Any = None,
+        used: Any = None,  # noqa: ARG002  # as the decoders that it stands for
+    ) -> Generated:
+        return generate(self._decoder, prompt, memory, options, uniforms=uniforms)
+
+
 class Watch:
     """Seconds and calls of every stage, each without the stages inside it."""
 
@@ -80,7 +101,10 @@ class Watch:
 
 @contextmanager
 def watching(runner: Runner[Any], exact: bool = True) -> Iterator[Watch]:
-    """Watch what runs until the block ends, in this thread. A part that is not there any more raises AttributeError."""
+    """Watch what runs until the block ends, in this thread. A part that is not there any more raises AttributeError.
+
+    Decoding runs without CUDA graphs.
+    """
     watch = Watch(runner.resident.device, exact)
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,4 +117,6 @@ def watching(runner: Runner[Any], exact: bool = True) -> Iterator[Watch]:
     with ExitStack() as stack:
         for name, owner, attribute in _parts(runner):
             stack.enter_context(patch.object(owner, attribute, watched(name, getattr(owner, attribute))))
+        if isinstance(getattr(runner, "_decoder", None), GraphedDecoder):
+            stack.enter_context(patch.object(runner, "_decoder", _Eager(runner.resident.model.text_decoder)))
         yield watch

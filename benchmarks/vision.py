@@ -105,7 +105,7 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     images = common.random_images(given.batches * resident.shapes.images, resident.image_size[0])
 
     def ours() -> np.ndarray[Any, Any]:
-        return torch.cat(resident.image_states(images)).float().numpy()
+        return torch.cat(resident.image_states(images)).float().cpu().numpy()
 
     with peer(folder, given.precision, given.threads) as theirs:
         batch = find_best(theirs, images, given.batch_sizes, device)

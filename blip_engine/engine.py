@@ -21,7 +21,7 @@ import numpy as np
 
 from .checkpoint import find_checkpoint
 from .config import CONFIG_FILE
-from .errors import CheckpointError, EngineClosedError, InputError
+from .errors import CheckpointError, EngineClosedError, InputError, OptionError
 from .filtering import submit_capfilt
 from .inputs import ImageLike, choices_of, listed, pixels_of
 from .precision import choose_device, choose_dtype
@@ -100,6 +100,8 @@ class Engine:
 
         Values are as `model` of `load_model`; `demo` needs a task for its name. Raises OptionError, CheckpointError.
         """
+        if isinstance(models, str):
+            raise OptionError(f"models are given by name: {{'caption': {models!r}}}")
         for name, model in models.items():
             if model == DEMO_MODEL and name not in TASKS:
                 raise CheckpointError(f"{name!r}: {model!r} has a checkpoint for each task; name it {', '.join(TASKS)}")

@@ -1,7 +1,7 @@
 """What processors return: a dictionary of arrays that a model takes as keyword arguments."""
 
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import ItemsView, KeysView, Mapping, ValuesView
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +19,17 @@ class BatchFeature(UserDict[str, Any]):
             return self.data[name]
         except KeyError:
             raise AttributeError(f"no {name!r} here; there is: {', '.join(self.data)}") from None
+
+    # The dictionary's own: those of UserDict show all values where names are asked for.
+
+    def keys(self) -> KeysView[str]:
+        return self.data.keys()
+
+    def values(self) -> ValuesView[Any]:
+        return self.data.values()
+
+    def items(self) -> ItemsView[str, Any]:
+        return self.data.items()
 
     def to(
         self, device: torch.device | torch.dtype | str | int | None = None, dtype: torch.dtype | None = None

@@ -30,7 +30,7 @@ class ImageLimits:
     """What a file may claim; more is `image_too_large`."""
 
     max_bytes: int = 64 * 2**20  # of the file
-    max_pixels: int = 178_956_970  # width x height; Pillow itself refuses more than this
+    max_pixels: int = 178_956_970  # width x height; Pillow itself refuses more than this, unless it is told otherwise
     max_frames: int = 10_000  # of an animation, though only the first one is decoded
 
 
@@ -44,7 +44,9 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits(), draft: int = 
     damaged: Pillow does not tell these apart).
     """
     if len(data) > limits.max_bytes:
-        raise ImageError("image_too_large", f"file of {len(data)} bytes; the limit is {limits.max_bytes}")
+        raise ImageError(
+            "image_too_large", f"file of {len(data)} bytes; limit {limits.max_bytes} (BLIP_MAX_IMAGE_BYTES)"
+        )
     # Pillow warns of odd metadata and of large sizes; the caps here decide, and a loader's stderr stays clean.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,7 +78,8 @@ def _refusals(code: str, what: str) -> Iterator[None]:
     except MemoryError:  # the machine's trouble, not the file's: whoever called knows what to do
         raise
     except Image.DecompressionBombError:
-        raise ImageError("image_too_large", "image of more pixels than Pillow decodes (178956970)") from None
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # at half of it Pillow warns
+        raise ImageError("image_too_large", f"image of more pixels than Pillow decodes ({most})") from None
     except UnidentifiedImageError:
         raise ImageError(code, f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except Exception as error:
@@ -88,7 +91,10 @@ def _check_caps(image: Image.Image, data: bytes, limits: ImageLimits) -> None:
     """Judge what the header claims. `n_frames` of a GIF or TIFF would walk the file without an end in sight."""
     width, height = image.size
     if width * height > limits.max_pixels:
-        raise ImageError("image_too_large", f"image of {width}x{height} pixels; the limit is {limits.max_pixels}")
+        raise ImageError(
+            "image_too_large",
+            f"image of {width}x{height} pixels; limit {limits.max_pixels} (BLIP_MAX_IMAGE_PIXELS)",
+        )
     if image.format == "GIF":
         frames = _gif_frames(data, limits.max_frames)
     else:

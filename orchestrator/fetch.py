@@ -118,7 +118,10 @@ def _read_file(path: str, max_bytes: int) -> bytes:
             if not stat.S_ISREG(info.st_mode):
                 raise FetchError("image_unreadable", f"{path} is not a file")
             if info.st_size > max_bytes:
-                raise FetchError("image_too_large", f"{path} has {info.st_size} bytes; the limit is {max_bytes}")
+                raise FetchError(
+                    "image_too_large",
+                    f"{path} has {info.st_size} bytes; limit {max_bytes} (BLIP_MAX_IMAGE_BYTES)",
+                )
             return file.read(max_bytes)
     except OSError as error:
         raise FetchError(_CODES.get(error.errno or 0, "fetch_failed"), f"{path}: {error.strerror}") from error

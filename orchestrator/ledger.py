@@ -250,6 +250,10 @@ class Ledger:
         """To be called every few seconds; `slots`: chunks the worker takes at once."""
         self._run("workers", 0, worker, json.dumps(dict(info)))
 
+    def worker_gone(self, worker: str) -> None:
+        """It has ended, and is not waited for."""
+        self._ask(lambda: self._redis.zrem("blip:workers", worker))
+
     def live_workers(self, seconds: float = 45) -> dict[str, dict[str, Any]]:
         """Workers seen within the last `seconds`."""
         flat = self._run("workers", seconds)

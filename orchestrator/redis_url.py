@@ -1,7 +1,8 @@
 """What BLIP_REDIS_URL says, for both clients of it: the ledger's and Celery's.
 
-redis://, rediss:// and unix:// name a server. sentinel://[USER:PASSWORD@]HOST:PORT,HOST:PORT/MASTER[/DB] names
-Sentinels, which know who the master is at the moment; `?sentinel_password=…` where they want one themselves.
+redis://, rediss:// and unix://[USER:PASSWORD@]/PATH[?db=N] name a server.
+sentinel://[USER:PASSWORD@]HOST:PORT,HOST:PORT/MASTER[/DB] names Sentinels, which know who the master is at the moment;
+`?sentinel_password=…` where they want one themselves.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from redis.sentinel import Sentinel
 
 from .errors import UsageError
 
+_SOCKET: Final = "unix"
 _SENTINEL: Final = "sentinel"
 _SENTINEL_PORT: Final = 26379
 #: A Sentinel that is away is passed over at once: the next one knows as much. The default are seconds of retries.
@@ -33,8 +35,11 @@ class _Sentinels:
 
 def client(url: str, **options: Any) -> "redis.Redis":  # type: ignore[type-arg,unused-ignore]
     """A client with `options` of redis.Redis. Raises UsageError for a URL that is none; does not connect yet."""
+    scheme = urlsplit(url).scheme
+    if scheme == _SOCKET:
+        options.pop("socket_keepalive", None)  # of TCP
     try:
-        if urlsplit(url).scheme != _SENTINEL:
+        if scheme != _SENTINEL:
             return redis.Redis.from_url(url, **options)
         found = _sentinels(url)
         named = {"db": found.db, "username": found.username, "password": found.password}
@@ -50,6 +55,9 @@ def broker(url: str) -> tuple[str, dict[str, Any]]:
     if parts.scheme == "rediss" and "ssl_cert_reqs" not in parse_qs(parts.query):
         # Left to itself, kombu would take any certificate.
         return f"{url}{'&' if parts.query else '?'}ssl_cert_reqs=required", {}
+    if parts.scheme == _SOCKET:
+        db = parse_qs(parts.query).get("db", ["0"])[0]
+        return f"redis+socket://{parts.netloc}{parts.path}?virtual_host={db}", {}
     if parts.scheme != _SENTINEL:
         return url, {}
     try:

@@ -49,7 +49,7 @@ def fetch_object(uri: str, max_bytes: int, timeout: float) -> bytes:
         body, size = getter.get(*split_s3(uri))
         with contextlib.closing(body):
             if size > max_bytes:
-                raise FetchError("image_too_large", f"{uri} has {size} bytes; the limit is {max_bytes}")
+                raise FetchError("image_too_large", f"{uri} has {size} bytes; limit {max_bytes} (BLIP_MAX_IMAGE_BYTES)")
             data = bytearray()
             while block := body.read(_BLOCK):
                 data += block

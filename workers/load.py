@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import Any, Final
 
 import numpy as np
+from PIL import Image
 
 from blip_engine.errors import ImageError
 from blip_engine.images import ImageLimits, decode_image, resized_pixels
@@ -41,6 +42,7 @@ def decode_into(
 
     Returns its size in the slot, or what went wrong.
     """
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limits.max_pixels)  # ours are checked before it decodes
     caps = ImageLimits(max_bytes=limits.max_bytes, max_pixels=limits.max_pixels)
     try:
         image = decode_image(data, caps, draft=2 * max(size) if limits.draft else 0)

@@ -172,6 +172,8 @@ class Worker:
     def close(self) -> None:
         """End all threads and children."""
         self._keeper.stop()
+        with suppress(RedisUnavailable):  # after 45 seconds everybody knows
+            self.ledger.worker_gone(self.name)
         for children in (self.loaders, self.engine):
             children.close()
         self.ledger.close()

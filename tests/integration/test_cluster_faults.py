@@ -98,6 +98,7 @@ def test_sigterm_finishes_what_fits(cluster: Cluster, tmp_path: Path) -> None:
     cluster.until(job, lambda _: cluster.ledger.in_flight(job)[0] >= 10)
     worker.terminate()
     assert worker.wait(25) == 0
+    assert not cluster.ledger.live_workers()  # it said goodbye
     assert cluster.until_ended(job, 10).status == "completed"  # without any other worker
     expect_whole(tmp_path / "out", 240)
 

@@ -36,6 +36,29 @@ def speaks(settings: Settings) -> None:
         assert ledger.queue_length() == before + 1
 
 
+# A socket of this machine
+
+
+class SocketServer(RedisServer):
+    """Redis that also listens at `redis.sock` in its folder."""
+
+    def command(self) -> list[str]:
+        return [*super().command(), "--unixsocket", str(self.folder / "redis.sock"), "--requirepass", "s3/cret"]
+
+
+def test_unix_socket(tmp_path: Path) -> None:
+    server = SocketServer(tmp_path)
+    server.start()
+    try:
+        speaks(Settings(redis_url=f"unix://:s3%2Fcret@{tmp_path}/redis.sock?db=3"))
+        with redis.Redis(port=server.port, db=3, password="s3/cret") as client:
+            assert client.llen(QUEUE) == 1
+        with pytest.raises(RedisUnavailable, match="check BLIP_REDIS_URL"):
+            speaks(Settings(redis_url=f"unix://{tmp_path}/none.sock"))
+    finally:
+        server.kill()
+
+
 # TLS
 
 

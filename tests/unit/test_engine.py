@@ -372,6 +372,10 @@ class TestLife:
         with pytest.raises(OptionError, match=fault):
             Engine(**given)
 
+    def test_a_model_without_a_name(self) -> None:
+        with pytest.raises(OptionError, match=r"given by name: \{'caption': 'demo'\}"):
+            Engine.load("demo")  # type: ignore[arg-type]
+
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
     def test_half_precision_gives_float32_scores(self, checkpoints: Path, precision: str, device: torch.device) -> None:
         models = {task: str(checkpoints / task) for task in TASKS}

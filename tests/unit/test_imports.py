@@ -20,6 +20,7 @@ def test_nothing_heavy_is_loaded_by(module: str) -> None:
 def test_every_public_name_is_found_and_no_other() -> None:
     code = (
         "import blip_engine\n"
+        "assert set(blip_engine.__all__) < set(dir(blip_engine))\n"
         "assert all(getattr(blip_engine, name) is not None for name in blip_engine.__all__)\n"
         "assert 'torch' in __import__('sys').modules\n"
         "try: blip_engine.Nothing\n"

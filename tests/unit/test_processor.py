@@ -93,6 +93,14 @@ def test_only_fractions_change_their_type(processors: tuple[BlipProcessor, Any])
         assert mine["pixel_values"].dtype == place[-1]
 
 
+def test_names_are_shown_without_their_values(processors: tuple[BlipProcessor, Any]) -> None:
+    mine, other = (model(images=IMAGE, text="a dog", return_tensors="pt") for model in processors)
+    assert sorted(map(repr, mine.keys())) == sorted(map(repr, other.keys()))
+    assert repr(mine.keys()) == f"dict_keys({list(mine)})"
+    assert [key for key, _ in mine.items()] == list(mine)
+    assert [value.shape for value in mine.values()] == [mine[key].shape for key in mine]
+
+
 def test_an_unknown_argument_is_named_not_passed_over(processors: tuple[BlipProcessor, Any]) -> None:
     for given in ({"text": "a dog"}, {"images": IMAGE}, {"images": IMAGE, "text": "a dog"}):
         with pytest.raises(TypeError, match="BlipProcessor has no argument 'stride'"):

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from io import BytesIO
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -19,9 +20,9 @@ from blip_engine.requests import Caption, options_for
 from workers.children import Supervisor
 from workers.engine_child import _Server
 from workers.engine_process import EngineProcess, EngineSettings
-from workers.load import Loads
+from workers.load import Loads, decode_into
 from workers.loader import LoaderLimits, LoaderPool, _Loader
-from workers.messages import Ask, Loaded, Run
+from workers.messages import Ask, Failure, Loaded, Run
 from workers.slots import LOADED, Slots
 
 SIZE = (24, 32)
@@ -47,6 +48,18 @@ class Pipe:
 
 def connection(pipe: Pipe) -> Connection:
     return cast(Connection, pipe)
+
+
+def test_more_pixels_than_pillow_takes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BLIP_MAX_IMAGE_PIXELS decides, upwards too."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    file = BytesIO()
+    Image.new("RGB", (40, 30)).save(file, "PNG")
+    for pixels, found in (
+        (1200, (8, 8)),
+        (1199, Failure("image_too_large", "image of 40x30 pixels; limit 1199 (BLIP_MAX_IMAGE_PIXELS)")),
+    ):
+        assert decode_into(Slots(1), 0, file.getvalue(), (8, 8), LoaderLimits(10**6, pixels, 5.0, 30.0)) == found
 
 
 def limits(**more: Any) -> LoaderLimits:

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.contract import BadRow, Chunk, JobSpec, Row, to_line
+from orchestrator.contract import BadRow, Chunk, JobSpec, Row, result_row, to_line
 from orchestrator.errors import JobError, ManifestError
 from orchestrator.manifest import choose_chunk_rows, chunking, scan
 from orchestrator.plan import PAGE_CHUNKS, load_plan, make_plan
-from orchestrator.rows import BOM, parse_rows
+from orchestrator.rows import BOM, MAX_DEPTH, parse_rows
 from orchestrator.settings import load_settings
 from orchestrator.storage import open_store
 
@@ -118,6 +118,8 @@ def parse_one(text: str | bytes, task: str = "caption", fmt: str = "jsonl") -> R
         ('{"image": "a", "x": NaN}', "caption", "row_invalid", "NaN"),
         ('{"image": "a", "x": 1e999}', "caption", "row_invalid", "1e999"),
         ('{"image": "a", "x": %s}' % ("[" * 5000 + "]" * 5000), "caption", "row_invalid", "nested"),
+        ('{"image": "a", "x": %s}' % ("[" * MAX_DEPTH + "]" * MAX_DEPTH), "caption", "row_invalid", "nested"),
+        ('{"image": "a", "x": %s}' % ('{"x":' * 974 + "1" + "}" * 974), "caption", "row_invalid", "nested"),
         (b'{"image": "\xff"}', "caption", "row_invalid", "UTF-8"),
         ('{"image": "a"}', "vqa", "text_missing", "`question`"),
         ('{"image": "a", "question": "  "}', "vqa", "text_missing", "`question`"),
@@ -139,6 +141,14 @@ def test_a_bad_row_says_what_is_wrong(text: str | bytes, task: str, code: str, s
     assert says in row.message
     assert "\n" not in row.message
     to_line({"input": row.passthrough})  # and it can be written
+
+
+def test_what_is_not_refused_for_its_depth_can_be_written() -> None:
+    deepest = "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1)
+    row = parse_one(f'{{"image": "a", "x": {deepest}, "y": {json.dumps([{}] * 300)}}}')
+    assert isinstance(row, Row)
+    line = to_line(result_row(row, "caption", {"caption": "x"}))
+    assert json.loads(line)["input"] == row.passthrough
 
 
 def test_texts_by_task() -> None:

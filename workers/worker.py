@@ -19,7 +19,7 @@ from typing import Any, Final
 from blip_engine.errors import BlipError
 from blip_engine.requests import TASKS, checkpoints_of
 from orchestrator.contract import BadRow, Hint, Row
-from orchestrator.errors import BlipBatchError, RedisUnavailable, SpecUnreadable, StoreUnavailable, UsageError
+from orchestrator.errors import BlipBatchError, JobError, RedisUnavailable, SpecUnreadable, StoreUnavailable, UsageError
 from orchestrator.jobs import model_name
 from orchestrator.ledger import QUEUE, Lease, Ledger
 from orchestrator.logs import fields, more
@@ -42,6 +42,7 @@ _CONDEMNED_AFTER: Final = 2  # deaths of workers at one row
 _BACK_OFF_SECONDS: Final = 2.0  # before a hint goes back because Redis or the store is away
 _JOBS_KEPT: Final = 16
 _POLL_SECONDS: Final = 0.25
+_LONGEST_WHY: Final = 300  # characters of an exception, in a job's error
 
 
 class PutBack(Exception):  # noqa: N818 - an outcome, not an error
@@ -225,9 +226,20 @@ class Worker:
         except (BlipError, BlipBatchError) as error:  # does not pass: the job ends with this line
             outcome = "failed"
             self._fail_job(hint, error)
+        except Exception as error:  # nobody's intent: once it may be an accident, and the chunk is found again
+            outcome = self._unexpected(hint, held.lease, error)
         finally:
             self.metrics.chunk(outcome)
             self._lanes.put(lane)
+
+    def _unexpected(self, hint: Hint, lease: Lease, error: Exception) -> str:
+        """The outcome: the job's end where the chunk was begun too often. Raises the error before that."""
+        if lease.attempt <= self._settings.max_attempts:
+            raise error
+        _log.error("chunk %d of %s was begun %d times", hint.chunk, hint.job, lease.attempt, exc_info=error)
+        what = " ".join(repr(error).split())[:_LONGEST_WHY]
+        self._fail_job(hint, JobError("internal", f"chunk {hint.chunk} cannot be done: {what}; see the workers' logs"))
+        return "failed"
 
     def _finish(self, hint: Hint, held: Held, lane: Lane) -> bool:
         """The chunk's part is in storage and counted; False: it was counted before. Raises what ends the chunk here."""

@@ -33,7 +33,12 @@ _TEXT_OPTIONAL: Final[frozenset[Task]] = frozenset({"caption", "embed", "capfilt
 
 #: The keys of a row that mean something, and that `--column` can give another name.
 KEYS: Final = ("image", "id", "prompt", "question", "questions", "answers", "text", "texts")
-_LIST_KEYS: Final = ("questions", "answers", "texts")
+#: task -> its keys that hold lists. To the others these are keys like any: they pass through.
+_LIST_KEYS: Final[dict[Task, tuple[str, ...]]] = {
+    "vqa": ("questions", "answers"),
+    "itm": ("texts",),
+    "capfilt": ("texts",),
+}
 _STAGED: Final[frozenset[ManifestFormat]] = frozenset({"csv", "tsv", "s3-inventory", "parquet", "folder"})
 
 
@@ -80,7 +85,7 @@ def _parse_row(
         if columns:
             raw = _renamed(raw, columns)
         if fmt in {"csv", "tsv"}:
-            _read_cells(raw)
+            _read_cells(raw, task)
         image = raw.get("image")
         if not isinstance(image, str) or not image.strip():
             raise _BadRowError("row_invalid", "the row has no `image`")
@@ -170,12 +175,12 @@ def _renamed(raw: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     return found | {name: value for name, value in raw.items() if name not in used}
 
 
-def _read_cells(raw: dict[str, Any]) -> None:
-    """A table has text only: an empty cell is no value, and a list is written as JSON."""
+def _read_cells(raw: dict[str, Any], task: Task) -> None:
+    """A table has text only: an empty cell is no value, and a list that the task reads is written as JSON."""
     for key in KEYS:
         if raw.get(key) == "":
             del raw[key]
-    for key in _LIST_KEYS:
+    for key in _LIST_KEYS.get(task, ()):
         if isinstance(raw.get(key), str):
             try:
                 value = _strict(raw[key])

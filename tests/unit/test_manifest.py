@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manifests import planned
 
-from orchestrator.contract import BadRow, Chunk, JobSpec, Row, result_row, to_line
+from orchestrator.contract import BadRow, Chunk, JobSpec, Row, error_row, result_row, to_line
 from orchestrator.errors import JobError, ManifestError
 from orchestrator.manifest import choose_chunk_rows, chunking, scan
 from orchestrator.plan import PAGE_CHUNKS, load_plan, make_plan
@@ -160,6 +161,33 @@ def test_texts_by_task() -> None:
     row = parse_one("s3://b/a%20b.jpg \r", fmt="list")
     assert isinstance(row, Row)
     assert (row.image, row.passthrough) == ("s3://b/a%20b.jpg", {})
+
+
+@pytest.mark.parametrize("cell", ["[NaN]", "[-Infinity]", "[1e999]", "[" * 60_000, "[" * 300 + "]" * 300])
+@pytest.mark.parametrize("key", ["questions", "answers"])
+def test_a_list_that_is_no_json_is_a_bad_row_that_can_be_written(tmp_path: Path, cell: str, key: str) -> None:
+    other = "question" if key == "answers" else "note"
+    data = f'image,{other},{key}\na.jpg,x,"{cell}"\nb.jpg,y,"[""red""]"\n'.encode()
+    bad, good = planned(tmp_path, "m.csv", data, "vqa")
+    assert isinstance(bad, BadRow)
+    assert isinstance(good, Row)
+    assert (bad.code, bad.image, bad.passthrough) == ("row_invalid", "a.jpg", {other: "x", key: cell})
+    assert bad.message == f'`{key}` must be a JSON list of strings, as ["a", "b"]'
+    to_line(error_row(bad, "vqa", bad.code, bad.message))
+
+
+@pytest.mark.parametrize(
+    ("task", "own"),
+    [("caption", ()), ("embed", ()), ("vqa", ("questions", "answers")), ("itm", ("texts",)), ("capfilt", ("texts",))],
+)
+def test_list_columns_of_other_tasks_pass_through_a_table(tmp_path: Path, task: str, own: tuple[str, ...]) -> None:
+    keys = ("questions", "answers", "texts")
+    cells = ['"[""x""]"' if key in own else "yes" for key in keys]
+    data = f"image,{','.join(keys)}\na.jpg,{','.join(cells)}\n".encode()
+    (row,) = planned(tmp_path, "m.csv", data, task)
+    assert isinstance(row, Row)
+    assert row.passthrough == {key: ["x"] if key in own else "yes" for key in keys}
+    assert row.texts == (("x",) if own else ("",))
 
 
 def test_a_changed_chunk_is_noticed() -> None:

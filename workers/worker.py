@@ -263,11 +263,13 @@ class Worker:
 
     def _open(self, hint: Hint) -> OpenJob:
         key = hint.job, hint.plan
-        if key not in self._jobs:
+        job = self._jobs.get(key)  # once: the other thread may clear them at any time
+        if job is None:
+            job = OpenJob.of(self.ledger, hint, self._settings)
             if len(self._jobs) >= _JOBS_KEPT:
                 self._jobs.clear()  # reopened cheaply
-            self._jobs[key] = OpenJob.of(self.ledger, hint, self._settings)
-        return self._jobs[key]
+            self._jobs[key] = job
+        return job
 
     def _compute(
         self, job: OpenJob, rows: list[Row | BadRow], held: Held, lane: Lane

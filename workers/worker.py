@@ -38,7 +38,7 @@ from .slots import Slots
 
 _log = logging.getLogger(__name__)
 
-_CONDEMNED_AFTER: Final = 2  # deaths of workers at one row
+_CONDEMNED_AFTER: Final = 2  # deaths of workers at one row, alone
 _BACK_OFF_SECONDS: Final = 2.0  # before a hint goes back because Redis or the store is away
 _JOBS_KEPT: Final = 16
 _POLL_SECONDS: Final = 0.25
@@ -297,34 +297,37 @@ class Worker:
         return checkpoint
 
     def _run_for(self, context: JobContext, rows: list[Row | BadRow], held: Held) -> ChunkRun:
-        """The usual run; row by row when a worker died over this chunk before."""
+        """The usual run; a careful one when a worker died over this chunk before."""
 
         def check() -> None:
             held.done(this.rows_done)
             self._check(held, len(rows))
 
-        def blame(row: int) -> None:
-            if not self.ledger.blame(held.lease, row):
+        def blame(turn: int) -> None:
+            if not self.ledger.blame(held.lease, turn):
                 raise _Abandon("the lease is lost", put_back=False)
 
-        run = (
-            ChunkRun(context, rows, check)
-            if held.lease.attempt == 1
-            else CarefulRun(context, rows, check, blame, self._condemned(rows, held.lease))
-        )
+        if held.lease.attempt == 1:
+            run = ChunkRun(context, rows, check)
+        else:
+            deaths = self.ledger.suspects(held.lease.job, held.lease.chunk)
+            condemned = self._condemned(rows, held.lease.attempt, deaths)
+            run = CarefulRun(context, rows, check, blame, condemned, deaths)
         this = weakref.proxy(run)  # no cycle: its records go as soon as they are written
         return run
 
-    def _condemned(self, rows: list[Row | BadRow], lease: Lease) -> Mapping[int, str]:
+    def _condemned(self, rows: list[Row | BadRow], attempt: int, deaths: Mapping[int, int]) -> Mapping[int, str]:
         """Rows that get `crashed` without another try, each with the reason."""
-        if lease.attempt > self._settings.max_attempts:
-            why = f"workers died {lease.attempt - 1} times over this row's chunk"
-            return {row.number: why for row in rows}
-        deaths = self.ledger.suspects(lease.job, lease.chunk)
+        limit = self._settings.max_attempts
+        if attempt > 2 * limit:
+            return {row.number: f"workers died {attempt - 1} times over this row's chunk" for row in rows}
+        enough = _CONDEMNED_AFTER if attempt <= limit else 1  # the chunk must end: no more benefit of the doubt
         return {
             row: f"{count} workers died while they worked on this row"
+            if count > 1
+            else "a worker died at this row, alone"
             for row, count in deaths.items()
-            if count >= _CONDEMNED_AFTER
+            if row >= 0 and count >= enough
         }
 
     def _check(self, held: Held, rows: int) -> None:

@@ -206,7 +206,7 @@ def _typed(record: Record) -> Record:
         "image": _unicode(record["image"]),
         "result": _unicode(record["result"]),
         "error": _unicode(record["error"]),
-        "input": json.dumps(record["input"]),
+        "input": json.dumps(record["input"], allow_nan=False),
     }
 
 

@@ -20,8 +20,9 @@ and timed by Redis's own clock. Keys, for a job <id>:
     blip:job:<id>:leases       HASH  chunk -> "fence deadline rows worker"; kept after its deadline, until someone
                                      takes the chunk over, as the trace of a dead worker
     blip:job:<id>:attempts     HASH  chunk -> starts, drained ones not counted
-    blip:job:<id>:cursor       HASH  chunk -> row that its worker is at, when it goes row by row
-    blip:job:<id>:blame        HASH  "chunk:row" -> workers that died at this row
+    blip:job:<id>:cursor       HASH  chunk -> turn that its worker is at, when it goes in turns after a death: a row
+                                     alone, or, negative, ~ the first row of a group
+    blip:job:<id>:blame        HASH  "chunk:turn" -> workers that died in this turn
     blip:job:<id>:codes        HASH  error code -> rows
       What only a job at work needs goes with its end; all of the job BLIP_JOB_RETENTION_SECONDS later (lua/forget.lua).
     blip:speeds                HASH  "task model" -> rows/s of one lease
@@ -235,12 +236,15 @@ class Ledger:
         counts = completed, failed, codes
         return bool(self._run("commit", chunk.job, chunk.chunk, chunk.plan, chunk.round, *counts))
 
-    def blame(self, lease: Lease, row: int) -> bool:
-        """Before a row is worked on alone: if this worker dies, the row gets the blame. False: the lease is lost."""
-        return bool(self._run("blame", *_holder(lease), row))
+    def blame(self, lease: Lease, turn: int) -> bool:
+        """Before a turn (a row, or ~ the first row of a group): if this worker dies, the turn gets the blame.
+
+        False: the lease is lost.
+        """
+        return bool(self._run("blame", *_holder(lease), turn))
 
     def suspects(self, job: str, chunk: int) -> dict[int, int]:
-        """Row number -> workers that died while at it alone."""
+        """Turn -> workers that died in it."""
         found: dict[str, str] = {}
         for page in self._ask(lambda: list(self._redis.hscan_iter(_key(job) + ":blame", match=f"{chunk}:*"))):
             found[page[0]] = page[1]

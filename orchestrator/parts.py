@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .contract import ERROR_CODES, Chunk, Hint, ResultFormat
+from .contract import ERROR_CODES, Chunk, Hint, ResultFormat, to_line
 from .encoding import SUFFIXES, decode, encode
 from .errors import JobError
 from .fetch import ImagePolicy
@@ -80,7 +80,7 @@ def put_part(
     expected = range(hint.first_row, hint.first_row + hint.rows) if numbers is None else numbers
     if [record["row"] for record in records] != list(expected):
         raise PartError(f"chunk {hint.chunk}: its records are not its rows; nothing was written")
-    data = encode(records, results, records[0]["task"])
+    data, records = _encoded(records, results)
     failed = sum(1 for record in records if record["error"] is not None)
     info = PartInfo(hint.chunk, len(records), failed, hashlib.sha256(data).hexdigest(), _codes(records))
     metadata = {
@@ -91,6 +91,26 @@ def put_part(
     if store.put_new(key, data, metadata=metadata):
         return info
     return describe(store, key) or info
+
+
+def _encoded(records: Sequence[dict[str, Any]], results: ResultFormat) -> tuple[bytes, Sequence[dict[str, Any]]]:
+    """The bytes of a part, and its records: they may have become others."""
+    task = records[0]["task"]
+    try:
+        return encode(records, results, task), records
+    except (ValueError, RecursionError):  # the same rows would end so each time, and their chunk never
+        records = [_writable(record) for record in records]
+        return encode(records, results, task), records
+
+
+def _writable(record: dict[str, Any]) -> dict[str, Any]:
+    """The record, or an error record in place of one whose `input` is no JSON."""
+    try:
+        to_line({"input": record["input"]})
+    except (ValueError, RecursionError) as error:
+        message = f"what the row passes through cannot be written: {error}"
+        return {**record, "result": None, "error": {"code": "row_invalid", "message": message}, "input": {}}
+    return record
 
 
 def describe(store: Store, key: str) -> PartInfo | None:

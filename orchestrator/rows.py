@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, Final, NoReturn
 from urllib.parse import unquote_plus
 
@@ -18,6 +19,7 @@ MAX_TEXT: Final = 20_000
 MAX_TEXTS: Final = 1_000
 MAX_CANDIDATES: Final = 10_000  # VQA's usual list of answers has 3,128
 MAX_URI: Final = 4_096
+MAX_DEPTH: Final = 200  # lists and objects in each other: far from where Python's JSON gives up, however deep its stack
 
 #: task -> key of one text, key of several
 _TEXT_KEYS: Final[dict[Task, tuple[str, str | None]]] = {
@@ -31,7 +33,12 @@ _TEXT_OPTIONAL: Final[frozenset[Task]] = frozenset({"caption", "embed", "capfilt
 
 #: The keys of a row that mean something, and that `--column` can give another name.
 KEYS: Final = ("image", "id", "prompt", "question", "questions", "answers", "text", "texts")
-_LIST_KEYS: Final = ("questions", "answers", "texts")
+#: task -> its keys that hold lists. To the others these are keys like any: they pass through.
+_LIST_KEYS: Final[dict[Task, tuple[str, ...]]] = {
+    "vqa": ("questions", "answers"),
+    "itm": ("texts",),
+    "capfilt": ("texts",),
+}
 _STAGED: Final[frozenset[ManifestFormat]] = frozenset({"csv", "tsv", "s3-inventory", "parquet", "folder"})
 
 
@@ -78,7 +85,7 @@ def _parse_row(
         if columns:
             raw = _renamed(raw, columns)
         if fmt in {"csv", "tsv"}:
-            _read_cells(raw)
+            _read_cells(raw, task)
         image = raw.get("image")
         if not isinstance(image, str) or not image.strip():
             raise _BadRowError("row_invalid", "the row has no `image`")
@@ -111,8 +118,7 @@ def _read_line(line: bytes, fmt: ManifestFormat, loads: Loads) -> dict[str, Any]
         return _read_batch_row(_text_of(line).strip())
     try:
         row = loads(line)
-        if isinstance(row, dict) and line.count(b"[") + line.count(b"{") > 100:
-            json.dumps(row)  # what cannot be nested into a record is refused here
+        _check_depth(row, line.count(b"[") + line.count(b"{"))
     except RecursionError:
         raise _BadRowError("row_invalid", "the JSON is nested too deeply") from None
     except ValueError as error:
@@ -132,7 +138,22 @@ def _text_of(line: bytes) -> str:
 
 
 def _strict_loads(line: bytes) -> Any:
-    return json.loads(_text_of(line), parse_constant=_no_constant, parse_float=_finite)
+    return _strict(_text_of(line))
+
+
+def _strict(text: str) -> Any:
+    """JSON without what Python's `json` reads beyond it. Raises ValueError, and RecursionError."""
+    return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+
+
+def _check_depth(value: Any, brackets: int) -> None:
+    """Raises RecursionError for what may not be written, or read again; `brackets`: how many its text has."""
+    inner: list[Any] = [[value]] if brackets > MAX_DEPTH else []
+    for _ in range(MAX_DEPTH + 1):
+        held = chain.from_iterable(child.values() if isinstance(child, dict) else child for child in inner)
+        inner = [child for child in held if isinstance(child, dict | list)]
+    if inner:
+        raise RecursionError
 
 
 def _read_batch_row(text: str) -> dict[str, Any]:
@@ -154,16 +175,18 @@ def _renamed(raw: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     return found | {name: value for name, value in raw.items() if name not in used}
 
 
-def _read_cells(raw: dict[str, Any]) -> None:
-    """A table has text only: an empty cell is no value, and a list is written as JSON."""
+def _read_cells(raw: dict[str, Any], task: Task) -> None:
+    """A table has text only: an empty cell is no value, and a list that the task reads is written as JSON."""
     for key in KEYS:
         if raw.get(key) == "":
             del raw[key]
-    for key in _LIST_KEYS:
+    for key in _LIST_KEYS.get(task, ()):
         if isinstance(raw.get(key), str):
             try:
-                raw[key] = json.loads(raw[key])
-            except ValueError:
+                value = _strict(raw[key])
+                _check_depth(value, raw[key].count("[") + raw[key].count("{"))
+                raw[key] = value
+            except (ValueError, RecursionError):
                 raise _BadRowError("row_invalid", f'`{key}` must be a JSON list of strings, as ["a", "b"]') from None
 
 

@@ -5,10 +5,10 @@ number of rows; rows of a chunk that share an image share one load and one visio
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
@@ -22,6 +22,8 @@ from .loader import LoaderPool
 from .messages import Checkpoint, Failure, Run
 
 _MOST_TEXTS: Final = 256  # in one run; more rows about an image make another one, with a vision pass of its own
+_TOGETHER: Final = 64  # rows of a turn, after a death: few to go alone after the next one, many enough for full batches
+_GROUPS_BLAMED: Final = 3  # until every row goes alone
 _CHECK_SECONDS: Final = 0.5  # between two looks at whether to go on, when nothing comes in
 
 
@@ -84,7 +86,7 @@ class Lane:
         """The chunk's records, in row order. Passes on what `chunk.check` raises, to abandon it."""
         waiting = deque(chunk.flights())
         while chunk.rows_done < len(chunk.rows):
-            while waiting and self._free and chunk.flying < chunk.most_flying:
+            while waiting and self._free and chunk.takes(waiting[0].rows):
                 self._start(waiting.popleft())
             with suppress(Empty):  # nothing yet: `check` decides whether to wait on
                 self._land(*self._replies.get(timeout=_CHECK_SECONDS), chunk)
@@ -140,19 +142,25 @@ class ChunkRun:
         self.job, self.rows, self.check = job, rows, check
         self.rows_done = 0
         self.flying = 0
-        self.most_flying = 1 << 30  # the lane's slots are the bound
         #: In row order; complete once `rows_done` is the number of rows.
         self.records: list[dict[str, Any]] = [{}] * len(rows)
         self._places = {row.number: place for place, row in enumerate(rows)}  # in a retry, rows have gaps
+
+    def takes(self, _rows: list[Row]) -> bool:
+        """Whether to begin with these rows now. The lane's slots are the bound."""
+        return True
 
     def before(self, rows: list[Row]) -> None:
         """Called before these rows are worked on."""
 
     def flights(self) -> Iterable[_Flight]:
         """The images to load. Rows that need no work are settled here."""
+        return self._flights(self.rows)
+
+    def _flights(self, rows: Iterable[Row | BadRow]) -> Iterable[_Flight]:
         flights: dict[Any, _Flight] = {}  # by location: an image may have several names
         places: dict[str, Any] = {}  # by name
-        for row in self.rows:
+        for row in rows:
             if isinstance(row, BadRow):
                 self._settle(row, error_row(row, self.job.task, row.code, row.message))
             elif (location := places.get(row.image) or self._locate(row)) is not None:
@@ -190,7 +198,11 @@ class ChunkRun:
 
 
 class CarefulRun(ChunkRun):
-    """For a chunk whose worker died: one row at a time, so that the next death names its row."""
+    """For a chunk whose worker died: in turns, each of which gets the blame for a death meanwhile.
+
+    A turn is a group of rows, as fast as ever, or a row alone: in a small chunk, and in a group that has the blame.
+    When several groups have it nobody knows whether it is their rows or their number, and every row goes alone.
+    """
 
     def __init__(
         self,
@@ -199,19 +211,43 @@ class CarefulRun(ChunkRun):
         check: Callable[[], None],
         blame: Callable[[int], None],
         condemned: Mapping[int, str],
+        blamed: Collection[int] = (),
     ) -> None:
-        """`blame(row number)` is called before each row; `condemned` rows fail at once, for the reason given."""
+        """`blame(turn)` is called before each turn: a row's number, or `~` that of a group's first row.
+
+        `condemned` rows fail at once, for the reason given; `blamed` are the turns that a worker died in before.
+        """
         super().__init__(job, rows, check)
-        self.most_flying = 1
         self._blame, self._condemned = blame, condemned
+        self._turns = _turns(rows, blamed)
+        self._turn: int | None = None
+
+    def takes(self, rows: list[Row]) -> bool:
+        return self.flying == 0 or self._turns[rows[0].number] == self._turn
 
     def before(self, rows: list[Row]) -> None:
-        self._blame(rows[0].number)
+        if (turn := self._turns[rows[0].number]) != self._turn:
+            self._blame(turn)
+            self._turn = turn
 
     def flights(self) -> Iterable[_Flight]:
-        for flight in super().flights():
-            for row in flight.rows:
-                if why := self._condemned.get(row.number):
-                    self.fail([row], Failure("crashed", why))
-                else:
-                    yield _Flight(self, flight.location, [row])
+        for _, rows in groupby(self.rows, lambda row: self._turns[row.number]):
+            yield from self._flights(row for row in rows if not self._fails(row))
+
+    def _fails(self, row: Row | BadRow) -> bool:
+        why = self._condemned.get(row.number)
+        if why is None or isinstance(row, BadRow):
+            return False
+        self.fail([row], Failure("crashed", why))
+        return True
+
+
+def _turns(rows: Sequence[Row | BadRow], blamed: Collection[int]) -> dict[int, int]:
+    """The turn of each row, by its number."""
+    turns: dict[int, int] = {}
+    alone = len(rows) <= _TOGETHER or sum(turn < 0 for turn in blamed) >= _GROUPS_BLAMED
+    for start in range(0, len(rows), _TOGETHER):
+        group = rows[start : start + _TOGETHER]
+        turn = ~group[0].number
+        turns |= {row.number: row.number if alone or turn in blamed else turn for row in group}
+    return turns

@@ -19,7 +19,7 @@ from typing import Any, Final
 from blip_engine.errors import BlipError
 from blip_engine.requests import TASKS, checkpoints_of
 from orchestrator.contract import BadRow, Hint, Row
-from orchestrator.errors import BlipBatchError, RedisUnavailable, SpecUnreadable, StoreUnavailable, UsageError
+from orchestrator.errors import BlipBatchError, JobError, RedisUnavailable, SpecUnreadable, StoreUnavailable, UsageError
 from orchestrator.jobs import model_name
 from orchestrator.ledger import QUEUE, Lease, Ledger
 from orchestrator.logs import fields, more
@@ -38,10 +38,11 @@ from .slots import Slots
 
 _log = logging.getLogger(__name__)
 
-_CONDEMNED_AFTER: Final = 2  # deaths of workers at one row
+_CONDEMNED_AFTER: Final = 2  # deaths of workers at one row, alone
 _BACK_OFF_SECONDS: Final = 2.0  # before a hint goes back because Redis or the store is away
 _JOBS_KEPT: Final = 16
 _POLL_SECONDS: Final = 0.25
+_LONGEST_WHY: Final = 300  # characters of an exception, in a job's error
 
 
 class PutBack(Exception):  # noqa: N818 - an outcome, not an error
@@ -227,9 +228,20 @@ class Worker:
         except (BlipError, BlipBatchError) as error:  # does not pass: the job ends with this line
             outcome = "failed"
             self._fail_job(hint, error)
+        except Exception as error:  # nobody's intent: once it may be an accident, and the chunk is found again
+            outcome = self._unexpected(hint, held.lease, error)
         finally:
             self.metrics.chunk(outcome)
             self._lanes.put(lane)
+
+    def _unexpected(self, hint: Hint, lease: Lease, error: Exception) -> str:
+        """The outcome: the job's end where the chunk was begun too often. Raises the error before that."""
+        if lease.attempt <= self._settings.max_attempts:
+            raise error
+        _log.error("chunk %d of %s was begun %d times", hint.chunk, hint.job, lease.attempt, exc_info=error)
+        what = " ".join(repr(error).split())[:_LONGEST_WHY]
+        self._fail_job(hint, JobError("internal", f"chunk {hint.chunk} cannot be done: {what}; see the workers' logs"))
+        return "failed"
 
     def _finish(self, hint: Hint, held: Held, lane: Lane) -> bool:
         """The chunk's part is in storage and counted; False: it was counted before. Raises what ends the chunk here."""
@@ -253,11 +265,13 @@ class Worker:
 
     def _open(self, hint: Hint) -> OpenJob:
         key = hint.job, hint.plan
-        if key not in self._jobs:
+        job = self._jobs.get(key)  # once: the other thread may clear them at any time
+        if job is None:
+            job = OpenJob.of(self.ledger, hint, self._settings)
             if len(self._jobs) >= _JOBS_KEPT:
                 self._jobs.clear()  # reopened cheaply
-            self._jobs[key] = OpenJob.of(self.ledger, hint, self._settings)
-        return self._jobs[key]
+            self._jobs[key] = job
+        return job
 
     def _compute(
         self, job: OpenJob, rows: list[Row | BadRow], held: Held, lane: Lane
@@ -285,34 +299,37 @@ class Worker:
         return checkpoint
 
     def _run_for(self, context: JobContext, rows: list[Row | BadRow], held: Held) -> ChunkRun:
-        """The usual run; row by row when a worker died over this chunk before."""
+        """The usual run; a careful one when a worker died over this chunk before."""
 
         def check() -> None:
             held.done(this.rows_done)
             self._check(held, len(rows))
 
-        def blame(row: int) -> None:
-            if not self.ledger.blame(held.lease, row):
+        def blame(turn: int) -> None:
+            if not self.ledger.blame(held.lease, turn):
                 raise _Abandon("the lease is lost", put_back=False)
 
-        run = (
-            ChunkRun(context, rows, check)
-            if held.lease.attempt == 1
-            else CarefulRun(context, rows, check, blame, self._condemned(rows, held.lease))
-        )
+        if held.lease.attempt == 1:
+            run = ChunkRun(context, rows, check)
+        else:
+            deaths = self.ledger.suspects(held.lease.job, held.lease.chunk)
+            condemned = self._condemned(rows, held.lease.attempt, deaths)
+            run = CarefulRun(context, rows, check, blame, condemned, deaths)
         this = weakref.proxy(run)  # no cycle: its records go as soon as they are written
         return run
 
-    def _condemned(self, rows: list[Row | BadRow], lease: Lease) -> Mapping[int, str]:
+    def _condemned(self, rows: list[Row | BadRow], attempt: int, deaths: Mapping[int, int]) -> Mapping[int, str]:
         """Rows that get `crashed` without another try, each with the reason."""
-        if lease.attempt > self._settings.max_attempts:
-            why = f"workers died {lease.attempt - 1} times over this row's chunk"
-            return {row.number: why for row in rows}
-        deaths = self.ledger.suspects(lease.job, lease.chunk)
+        limit = self._settings.max_attempts
+        if attempt > 2 * limit:
+            return {row.number: f"workers died {attempt - 1} times over this row's chunk" for row in rows}
+        enough = _CONDEMNED_AFTER if attempt <= limit else 1  # the chunk must end: no more benefit of the doubt
         return {
             row: f"{count} workers died while they worked on this row"
+            if count > 1
+            else "a worker died at this row, alone"
             for row, count in deaths.items()
-            if count >= _CONDEMNED_AFTER
+            if row >= 0 and count >= enough
         }
 
     def _check(self, held: Held, rows: int) -> None:

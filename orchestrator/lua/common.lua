@@ -27,10 +27,10 @@ local function holds(lease, fence, worker)
   return lease and lease.fence == fence and lease.worker == worker
 end
 
--- Takes a dead worker's lease away; the row it was at, if it went row by row, gets the blame.
+-- Takes a dead worker's lease away; the turn it was at (a row or a group), if it went in turns, gets the blame.
 local function bury(job, chunk)
-  local row = redis.call('HGET', job .. ':cursor', chunk)
-  if row then redis.call('HINCRBY', job .. ':blame', chunk .. ':' .. row, 1) end
+  local turn = redis.call('HGET', job .. ':cursor', chunk)
+  if turn then redis.call('HINCRBY', job .. ':blame', chunk .. ':' .. turn, 1) end
   redis.call('HDEL', job .. ':cursor', chunk)
   redis.call('HDEL', job .. ':leases', chunk)
 end

@@ -109,6 +109,16 @@ def test_a_row_is_blamed_for_the_workers_that_died_at_it(ledger: Ledger) -> None
     assert ledger.suspects("job-1", 33) == {}
 
 
+def test_a_group_is_blamed_as_a_row_is(ledger: Ledger) -> None:
+    begin(ledger)
+    assert ledger.blame(lease_of(ledger), ~33)
+    time.sleep(0.45)
+    assert ledger.blame(lease_of(ledger, "w2"), 33)
+    time.sleep(0.45)
+    lease_of(ledger, "w3")
+    assert ledger.suspects("job-1", 3) == {~33: 1, 33: 1}
+
+
 def test_blame_with_many_suspects_is_complete(ledger: Ledger) -> None:
     begin(ledger)
     ledger._redis.hset("blip:job:job-1:blame", mapping={f"{chunk}:{chunk}": 1 for chunk in range(2000)})

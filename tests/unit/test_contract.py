@@ -1,15 +1,27 @@
 """What crosses processes, what a row may point to, and what a user can get wrong."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.contract import HINT_BYTES, BadRow, Hint, Row, error_row, result_row, to_line
+from orchestrator.contract import (
+    HINT_BYTES,
+    RESULT_FORMATS,
+    BadRow,
+    Hint,
+    ResultFormat,
+    Row,
+    error_row,
+    result_row,
+    to_line,
+)
 from orchestrator.errors import FetchError, UsageError
 from orchestrator.fetch import ImagePolicy, fetch
 from orchestrator.jobs import make_spec
@@ -220,6 +232,23 @@ def test_parts_are_checked_against_their_chunk(tmp_path: Path) -> None:
         (tmp_path / part_key(2)).write_bytes(damaged)
         with pytest.raises(PartError, match="record 2"):
             describe(store, part_key(2))
+
+
+@pytest.mark.parametrize("results", RESULT_FORMATS)
+def test_a_record_that_cannot_be_written_is_an_error_record(tmp_path: Path, results: ResultFormat) -> None:
+    store, deep = open_store(str(tmp_path)), list[Any]()
+    for _ in range(2000):
+        deep = [deep]
+    inputs: list[dict[str, Any]] = [{"x": math.nan}, {"k": 1}, {"x": deep}]
+    rows = [Row(number, f"{number}.jpg", number, ("",), False, inputs[number - 20]) for number in range(20, 23)]
+    records = [result_row(row, "caption", {"caption": "x", "score": -0.5, "tokens": 1}) for row in rows]
+    info = put_part(store, HINT, records, "w", results=results)
+    assert (info.rows, info.failed, info.codes) == (3, 2, "row_invalid=2")
+    first, good, last = check(store, HINT.as_chunk(), results=results).records
+    assert good == records[1]
+    for record, number in ((first, 20), (last, 22)):
+        assert (record["id"], record["image"], record["result"], record["input"]) == (number, f"{number}.jpg", None, {})
+        assert record["error"]["code"] == "row_invalid"
 
 
 def test_part_names() -> None:

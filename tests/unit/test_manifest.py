@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manifests import planned
 
-from orchestrator.contract import BadRow, Chunk, JobSpec, Row, to_line
+from orchestrator.contract import BadRow, Chunk, JobSpec, Row, error_row, result_row, to_line
 from orchestrator.errors import JobError, ManifestError
 from orchestrator.manifest import choose_chunk_rows, chunking, scan
 from orchestrator.plan import PAGE_CHUNKS, load_plan, make_plan
-from orchestrator.rows import BOM, parse_rows
+from orchestrator.rows import BOM, MAX_DEPTH, parse_rows
 from orchestrator.settings import load_settings
 from orchestrator.storage import open_store
 
@@ -118,6 +119,8 @@ def parse_one(text: str | bytes, task: str = "caption", fmt: str = "jsonl") -> R
         ('{"image": "a", "x": NaN}', "caption", "row_invalid", "NaN"),
         ('{"image": "a", "x": 1e999}', "caption", "row_invalid", "1e999"),
         ('{"image": "a", "x": %s}' % ("[" * 5000 + "]" * 5000), "caption", "row_invalid", "nested"),
+        ('{"image": "a", "x": %s}' % ("[" * MAX_DEPTH + "]" * MAX_DEPTH), "caption", "row_invalid", "nested"),
+        ('{"image": "a", "x": %s}' % ('{"x":' * 974 + "1" + "}" * 974), "caption", "row_invalid", "nested"),
         (b'{"image": "\xff"}', "caption", "row_invalid", "UTF-8"),
         ('{"image": "a"}', "vqa", "text_missing", "`question`"),
         ('{"image": "a", "question": "  "}', "vqa", "text_missing", "`question`"),
@@ -141,6 +144,14 @@ def test_a_bad_row_says_what_is_wrong(text: str | bytes, task: str, code: str, s
     to_line({"input": row.passthrough})  # and it can be written
 
 
+def test_what_is_not_refused_for_its_depth_can_be_written() -> None:
+    deepest = "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1)
+    row = parse_one(f'{{"image": "a", "x": {deepest}, "y": {json.dumps([{}] * 300)}}}')
+    assert isinstance(row, Row)
+    line = to_line(result_row(row, "caption", {"caption": "x"}))
+    assert json.loads(line)["input"] == row.passthrough
+
+
 def test_texts_by_task() -> None:
     assert parse_one('{"image": "a"}').texts == ("",)  # type: ignore[union-attr]
     assert parse_one('{"image": "a", "prompt": "a photo of"}').texts == ("a photo of",)  # type: ignore[union-attr]
@@ -150,6 +161,33 @@ def test_texts_by_task() -> None:
     row = parse_one("s3://b/a%20b.jpg \r", fmt="list")
     assert isinstance(row, Row)
     assert (row.image, row.passthrough) == ("s3://b/a%20b.jpg", {})
+
+
+@pytest.mark.parametrize("cell", ["[NaN]", "[-Infinity]", "[1e999]", "[" * 60_000, "[" * 300 + "]" * 300])
+@pytest.mark.parametrize("key", ["questions", "answers"])
+def test_a_list_that_is_no_json_is_a_bad_row_that_can_be_written(tmp_path: Path, cell: str, key: str) -> None:
+    other = "question" if key == "answers" else "note"
+    data = f'image,{other},{key}\na.jpg,x,"{cell}"\nb.jpg,y,"[""red""]"\n'.encode()
+    bad, good = planned(tmp_path, "m.csv", data, "vqa")
+    assert isinstance(bad, BadRow)
+    assert isinstance(good, Row)
+    assert (bad.code, bad.image, bad.passthrough) == ("row_invalid", "a.jpg", {other: "x", key: cell})
+    assert bad.message == f'`{key}` must be a JSON list of strings, as ["a", "b"]'
+    to_line(error_row(bad, "vqa", bad.code, bad.message))
+
+
+@pytest.mark.parametrize(
+    ("task", "own"),
+    [("caption", ()), ("embed", ()), ("vqa", ("questions", "answers")), ("itm", ("texts",)), ("capfilt", ("texts",))],
+)
+def test_list_columns_of_other_tasks_pass_through_a_table(tmp_path: Path, task: str, own: tuple[str, ...]) -> None:
+    keys = ("questions", "answers", "texts")
+    cells = ['"[""x""]"' if key in own else "yes" for key in keys]
+    data = f"image,{','.join(keys)}\na.jpg,{','.join(cells)}\n".encode()
+    (row,) = planned(tmp_path, "m.csv", data, task)
+    assert isinstance(row, Row)
+    assert row.passthrough == {key: ["x"] if key in own else "yes" for key in keys}
+    assert row.texts == (("x",) if own else ("",))
 
 
 def test_a_changed_chunk_is_noticed() -> None:

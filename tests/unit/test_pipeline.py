@@ -1,7 +1,7 @@
 """Rows to records, with children that answer from this thread: grouping, order, bounds, and every failure's rows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
@@ -199,6 +199,55 @@ def test_careful_runs_name_each_row_first_and_never_two_at_once() -> None:
     assert outcomes(records) == ["A", "crashed", "A"]
     assert records[1]["error"]["message"] == "seen in two deaths"
     assert notes == [0, ("load", "/a"), ("x",), 2, ("load", "/b"), ("z",)]
+
+
+def turns_of(numbers: Sequence[int], blamed: Collection[int], slots: int = 4) -> list[tuple[int, list[int]]]:
+    """The turns of a careful run, each with the rows that were loaded in it; none of them while another one's ran."""
+    turns: list[tuple[int, list[int]]] = []
+    flying: set[str] = set()
+
+    def begin(turn: int) -> None:
+        assert not flying
+        turns.append((turn, []))
+
+    def load(place: str) -> None:
+        flying.add(place)
+        turns[-1][1].append(int(place[1:]))
+
+    def run(asked: Run) -> list[Answer]:
+        flying.remove(f"/{asked.texts[0]}")
+        return [Answer("A", 0.0)]
+
+    children = Children(load=load, run=run)
+    rows: list[Row | BadRow] = [row(number, str(number), str(number)) for number in numbers]
+    rows[1] = BadRow(numbers[1], "row_invalid", "no", None, None, {})
+    lane = Lane(range(slots), children, children)  # type: ignore[arg-type]
+    records = lane.run(CarefulRun(CONTEXT, rows, lambda: None, begin, {numbers[2]: "seen in two deaths"}, blamed))
+    assert outcomes(records) == ["A", "row_invalid", "crashed", *["A"] * (len(rows) - 3)]
+    return turns
+
+
+def test_a_large_chunk_goes_in_groups_and_those_with_the_blame_row_by_row() -> None:
+    numbers = [*range(100, 200), *range(1000, 1050)]  # of a retry, say
+    worked = [numbers[0], *numbers[3:]]
+    groups = [(~100, [100, *range(103, 164)]), (~164, worked[62:126]), (~1028, worked[126:])]
+    assert turns_of(numbers, ()) == groups
+    alone = [(number, [number]) for number in groups[1][1]]
+    assert turns_of(numbers, {~164}) == turns_of(numbers, {~164, 170, 1000}) == [groups[0], *alone, groups[2]]
+
+
+def test_rows_of_a_small_chunk_and_of_one_with_much_blame_go_alone() -> None:
+    for numbers, blamed in ((range(64), ()), (range(65), {~0, 3, ~200, ~300})):
+        assert turns_of(numbers, blamed) == [(number, [number]) for number in numbers if number not in {1, 2}]
+
+
+def test_a_group_is_in_flight_together() -> None:
+    begun: list[int] = []
+    children = Children(run=lambda _: (begun.append(len(children.loads)), [Answer("A", 0.0)])[1])
+    rows: list[Row | BadRow] = [row(number, str(number), "x") for number in range(100)]
+    lane = Lane(range(50), children, children)  # type: ignore[arg-type]
+    assert len(lane.run(CarefulRun(CONTEXT, rows, lambda: None, lambda _: None, {}))) == 100
+    assert (begun[0], max(begun[:64])) == (50, 64)  # all slots, and none of the next group's rows
 
 
 def test_captions_without_prompt_of_a_repeated_image_are_computed_once() -> None:

@@ -232,7 +232,7 @@ class Worker:
     def _finish(self, hint: Hint, held: Held, lane: Lane) -> bool:
         """The chunk's part is in storage and counted; False: it was counted before. Raises what ends the chunk here."""
         job = self._open(hint)
-        part = describe(job.store, part_key(hint.chunk, hint.round, job.plan.results))
+        part = describe(job.store, part_key(hint.chunk, hint.round, job.plan.results), hint.plan)
         if part is None:
             rows = job.rows(hint)
             records, weights = self._compute(job, rows, held, lane)

@@ -30,7 +30,15 @@ from botocore.exceptions import (
     TokenRetrievalError,
 )
 
-from .errors import AccessDenied, NoCredentials, ObjectChanged, ObjectNotFound, StorageError, StoreUnavailable
+from .errors import (
+    AccessDenied,
+    NoCredentials,
+    ObjectChanged,
+    ObjectNotFound,
+    StorageError,
+    StoreUnavailable,
+    UsageError,
+)
 from .settings import Settings
 from .stopping import go_on, going_on
 from .storage import ObjectInfo, Store
@@ -76,7 +84,8 @@ class _Clients:
     """One client a process and time-out (they are thread-safe), with retries left to `S3Store`.
 
     Everything else is the standard AWS configuration: credentials, region, AWS_ENDPOINT_URL_S3. To be called within
-    `retrying`: a client without credentials is not made, so that each try looks for them anew.
+    `retrying`: a client without credentials is not made, so that each try looks for them anew. Raises UsageError for a
+    configuration that cannot be right.
     """
 
     def __init__(self) -> None:
@@ -90,7 +99,7 @@ class _Clients:
             raise NoCredentialsError
         try:
             if timeout not in self._made:
-                self._made[timeout] = _new_client(timeout)
+                self._made[timeout] = _checked_client(timeout)
             return self._made[timeout]
         finally:
             self._making.release()
@@ -101,6 +110,26 @@ class _Clients:
 
 
 s3_client: Final = _Clients()
+
+
+def _checked_client(timeout: float) -> "S3Client":
+    try:
+        return _new_client(timeout)
+    except (*_PASSING, *_NO_CREDENTIALS):
+        raise
+    except (BotoCoreError, ValueError, AttributeError, OSError) as error:  # whatever botocore makes of a mistake
+        raise UsageError(_mistake(error)) from error
+
+
+def _mistake(error: Exception) -> str:
+    """What is wrong with the configuration, and the variables that it comes from."""
+    says = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, AttributeError):  # a section that is no section
+        says = f"{os.environ.get('AWS_CONFIG_FILE', '~/.aws/config')} is not as it should be ({says})"
+    settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_") and "_KEY" not in name}
+    found = " and ".join(sorted(name for name, value in settings.items() if value and value in says))
+    hint = ", which begins with http:// or https://" if says.startswith("Invalid endpoint") else ""
+    return f"S3 cannot be used: {says}; correct {found or 'the AWS_ variables, or ~/.aws/config'}{hint}"
 
 
 def _new_client(timeout: float) -> "S3Client":
@@ -114,8 +143,10 @@ def _new_client(timeout: float) -> "S3Client":
         response_checksum_validation="when_required",
     )
     session = _session()
-    if session.get_credentials() is None:
+    credentials = session.get_credentials()
+    if credentials is None:
         raise NoCredentialsError
+    credentials.get_frozen_credentials()  # those of a role are asked for now, and not by the first requests
     # boto3 knows AWS_DEFAULT_REGION and profiles; AWS_REGION is what other SDKs read, and EKS sets in its pods.
     # Stores other than AWS do not care for the region, and AWS redirects.
     region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
@@ -261,7 +292,7 @@ def retrying(uri: str, call: Callable[[], T], seconds: float) -> T:
     """`call()`, again after a jittered pause while the failure may pass and `seconds` are not over.
 
     Raises StorageError: ObjectNotFound, AccessDenied, NoCredentials, ObjectChanged, StoreUnavailable, or itself for
-    the rest.
+    the rest. What `s3_client` says of the configuration is passed on.
     """
     deadline = time.monotonic() + seconds
     pause = 0.1

@@ -1,4 +1,7 @@
-"""Credentials that come from the machine, late or not at all: looked for again, and no row pays for it."""
+"""Credentials that come from the machine, late or not at all: looked for again, and no row pays for it.
+
+And configurations of S3 that cannot be right: one line, wherever they are met.
+"""
 
 import threading
 import time
@@ -96,6 +99,31 @@ def test_a_plain_mistake_is_one_line(machine: MetadataService) -> None:
     one_line_error(blip_batch("verify", "s3://blip/out", BLIP_STORAGE_RETRY_SECONDS="0.5"), "set AWS_ACCESS_KEY_ID and")
 
 
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"AWS_ENDPOINT_URL_S3": "localhost:9000"}, "endpoint: localhost:9000; correct AWS_ENDPOINT_URL_S3, which"),
+        ({"AWS_PROFILE": "nope"}, "The config profile (nope) could not be found; correct AWS_PROFILE"),
+        ({"AWS_DEFAULT_REGION": "us/east"}, "'us/east' doesn't match a supported format; correct AWS_DEFAULT_REGION"),
+        ({"AWS_CONFIG_FILE": "garbage"}, "Unable to parse config file: garbage; correct AWS_CONFIG_FILE"),
+        ({"AWS_CONFIG_FILE": "flat"}, "flat is not as it should be ('str' object"),
+        ({"AWS_METADATA_SERVICE_TIMEOUT": "soon"}, "'soon'; correct AWS_METADATA_SERVICE_TIMEOUT"),
+        ({"AWS_SECRET_ACCESS_KEY": ""}, "missing: AWS_SECRET_ACCESS_KEY; correct the AWS_ variables"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_ROLE_ARN": "arn:aws:iam::1:role/x",
+          "AWS_WEB_IDENTITY_TOKEN_FILE": "none"}, "'none'; correct AWS_WEB_IDENTITY_TOKEN_FILE"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_cannot_be_right(
+    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "garbage").write_text("garbage\n")
+    (tmp_path / "flat").write_text("[default]\ns3 = flat\n")
+    done = blip_batch("verify", "s3://blip/out", **variables)
+    one_line_error(done, "Error: S3 cannot be used: ")
+    assert says in done.stderr
+
+
 @pytest.fixture
 def cluster(
     redis_server: RedisServer, machine: MetadataService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -139,3 +167,18 @@ def test_a_worker_that_finds_none_for_long_ends_and_leaves_its_work(
     machine.status = 200
     cluster.start_worker()
     assert cluster.until_ended(spec.id).completed == 3
+
+
+@pytest.mark.parametrize("output", ["out", "s3://blip/out"])
+def test_a_worker_that_is_not_configured_fails_the_job_with_that_line(
+    cluster: Cluster, tmp_path: Path, output: str
+) -> None:
+    """Met by its loaders, and by itself."""
+    cluster.start_worker(AWS_PROFILE="nope")
+    where = output if output.startswith("s3://") else tmp_path / output
+    state = cluster.until_ended(cluster.submit(tmp_path / "rows.jsonl", where).id)
+    assert state.error is not None
+    says = "S3 cannot be used: The config profile (nope) could not be found; correct AWS_PROFILE"
+    assert state.error["message"] == says
+    assert state.failed == 0
+    assert "Traceback" not in cluster.logs()

@@ -29,13 +29,13 @@ from .errors import (
     UsageError,
 )  # fmt: skip
 from .finalizer import finalize
-from .jobs import claim_output, complete_job_record
+from .jobs import claim_output, complete_job_record, known_plan
 from .lane import Lane
 from .ledger import Ledger, StaleEpochError
 from .logs import fields
 from .manifest import require_rows
 from .pace import Pace
-from .plan import Plan, load_plan, read_whole
+from .plan import Plan, read_whole
 from .reconcile import reconcile
 from .rounds import begin_wanted
 from .scheduling import Demand, Workers, chunk_rows_for, rooms, route, slots_per_worker, speed_key
@@ -348,7 +348,7 @@ class Controller:
 
         A manifest that cannot be read to its end does not claim the output: a mended one may be another job.
         """
-        plan = load_plan(store, self.settings)
+        plan = known_plan(store, self.settings)
         if plan is None:  # what can be known at once, before all of the manifest is read
             require_rows(spec.manifest, spec.manifest_format, self.settings, spec.columns)
         store.check_conditional_put()

@@ -14,6 +14,7 @@ BlipBatchError               base; its text is one line that a user can act on
 └── StorageError             an object or a file that cannot be read or written
     ├── ObjectNotFound       no such object or bucket
     ├── AccessDenied         the credentials or the file's mode do not allow it
+    │   └── NoCredentials    none were found within the retries, or they could not be renewed     (retryable)
     ├── ObjectChanged        not the version that was asked for
     └── StoreUnavailable     time-outs, 5xx, resets and short bodies that outlasted the retries  (retryable)
 """
@@ -94,6 +95,12 @@ class ObjectNotFound(StorageError):  # noqa: N818
 
 class AccessDenied(StorageError):  # noqa: N818
     """The credentials, the bucket's policy or the file's mode do not allow it."""
+
+
+class NoCredentials(AccessDenied):
+    """No credentials were found for the object store. It is not about this object, and may pass."""
+
+    retryable = True
 
 
 class ObjectChanged(StorageError):  # noqa: N818

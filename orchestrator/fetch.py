@@ -92,7 +92,8 @@ def fetch(location: str, max_bytes: int, timeout: float) -> bytes:
     """The bytes at a location that `ImagePolicy.resolve` gave; never more than `max_bytes`, never fewer than there are.
 
     Transient failures are retried within about `timeout` seconds. Raises FetchError with code `image_not_found`,
-    `access_denied`, `fetch_failed`, `fetch_timeout`, `image_too_large` or `image_unreadable`.
+    `access_denied`, `fetch_failed`, `fetch_timeout`, `image_too_large` or `image_unreadable`, and what is not about
+    this image: NoCredentials, and UsageError where S3 is not configured as it can be.
     """
     if not is_s3(location):
         return _read_file(location, max_bytes)

@@ -20,8 +20,9 @@ from blip_engine.requests import DEFAULT_MODELS, DEMO_MODEL, JOB_TASKS, Task, ch
 from .contract import FORMATS, RESULT_FORMATS, JobSpec, JobState
 from .errors import JobConflict, JobError, ObjectNotFound, UsageError
 from .ledger import Ledger
+from .parts import PREFIX
 from .plan import Plan, load_plan
-from .rounds import round_key
+from .rounds import SUMMARY_KEY, round_key
 from .rows import checked_columns
 from .settings import Settings
 from .storage import Store, is_s3, open_store, split_s3
@@ -213,6 +214,29 @@ def check_owner(spec: JobSpec, store: Store) -> dict[str, Any] | None:
                 f"repeat the first command to go on with it, or remove this output to begin anew"
             )
     return record
+
+
+def known_plan(store: Store, settings: Settings) -> Plan | None:
+    """The output's plan; None: it has none yet.
+
+    Raises JobError (`output_taken`) for results whose job.json or plan is gone, as a removal that was interrupted
+    leaves them: they may be of other rows, or another model's.
+    """
+    plan = load_plan(store, settings)
+    if (plan is None or store.head(JOB_KEY) is None) and _holds_results(store):
+        plan = load_plan(store, settings)  # once more: a planner that was quicker wrote both before any result
+        if plan is None or store.head(JOB_KEY) is None:
+            raise JobError(
+                "output_taken",
+                f"{store.root} holds results of a job whose job.json or plan is gone; remove all that is there, or "
+                "choose another output",
+            )
+    return plan
+
+
+def _holds_results(store: Store) -> bool:
+    parts = (next(store.list(prefix), None) for prefix in (PREFIX, "rounds/"))
+    return any(parts) or store.head(SUMMARY_KEY) is not None
 
 
 def claim_output(spec: JobSpec, store: Store) -> dict[str, Any]:

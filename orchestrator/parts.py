@@ -90,7 +90,7 @@ def put_part(
     key = part_key(hint.chunk, hint.round, results)
     if store.put_new(key, data, metadata=metadata):
         return info
-    return describe(store, key) or info
+    return describe(store, key, hint.plan) or info
 
 
 def _encoded(records: Sequence[dict[str, Any]], results: ResultFormat) -> tuple[bytes, Sequence[dict[str, Any]]]:
@@ -113,12 +113,17 @@ def _writable(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def describe(store: Store, key: str) -> PartInfo | None:
-    """A part's counts, from its metadata where the store keeps any, else by reading it. None: no such part."""
+def describe(store: Store, key: str, plan: str) -> PartInfo | None:
+    """A part's counts, from its metadata where the store keeps any, else by reading it. None: no such part.
+
+    Raises PartError for a part of another plan than `plan`, where metadata tells.
+    """
     head, named = store.head(key), _KEY.fullmatch(key)
     if head is None or named is None:
         return None
     chunk = int(named[1])
+    if head.metadata.get("plan", plan) != plan:
+        raise PartError(f"{store.uri(key)}: a part of another plan; {_WAY_OUT}")
     if {"rows", "failed", "sha256"} <= set(head.metadata):
         meta = head.metadata
         return PartInfo(chunk, int(meta["rows"]), int(meta["failed"]), meta["sha256"], meta.get("codes", ""))

@@ -49,4 +49,4 @@ def _look(work: Work, chunks: Sequence[int]) -> Iterator[tuple[int, PartInfo | N
     plan = work.plan
     with ThreadPoolExecutor(min(_LOOKS, len(chunks)), "overdue", initializer=as_here()) as pool:
         keys = (part_key(chunk, work.number, plan.results) for chunk in chunks)
-        yield from zip(chunks, pool.map(lambda key: describe(plan.store, key), keys), strict=True)
+        yield from zip(chunks, pool.map(lambda key: describe(plan.store, key, plan.hash), keys), strict=True)

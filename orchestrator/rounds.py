@@ -146,7 +146,7 @@ def _unresolved(plan: Plan, rounds: Sequence[Round]) -> Iterator[tuple[int, int]
             return chunk.id, rows
         if key in known:
             return chunk.id, known[key]
-        part = describe(plan.store, key)
+        part = describe(plan.store, key, plan.hash)
         return chunk.id, rows if part is None else part.failed
 
     chunks = plan.all_chunks()
@@ -187,7 +187,8 @@ def existing_parts(plan: Plan, number: int = 0) -> Iterator[PartInfo]:
     with ThreadPoolExecutor(_READERS, "parts", initializer=as_here()) as pool:
         while window := list(islice(chunks, 32 * _READERS)):
             go_on()
-            found = pool.map(lambda chunk: describe(plan.store, part_key(chunk, number, plan.results)), window)
+            keys = (part_key(chunk, number, plan.results) for chunk in window)
+            found = pool.map(lambda key: describe(plan.store, key, plan.hash), keys)
             yield from (part for part in found if part is not None)
 
 

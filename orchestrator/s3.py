@@ -9,24 +9,36 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import boto3
+import botocore.session
 from boto3.exceptions import S3UploadFailedError
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionError,  # noqa: A004 -- botocore's own
+    CredentialRetrievalError,
     HTTPClientError,
     IncompleteReadError,
+    MetadataRetrievalError,
     NoCredentialsError,
-    PartialCredentialsError,
+    SSOError,
+    TokenRetrievalError,
 )
 
-from .errors import AccessDenied, ObjectChanged, ObjectNotFound, StorageError, StoreUnavailable
+from .errors import (
+    AccessDenied,
+    NoCredentials,
+    ObjectChanged,
+    ObjectNotFound,
+    StorageError,
+    StoreUnavailable,
+    UsageError,
+)
 from .settings import Settings
 from .stopping import go_on, going_on
 from .storage import ObjectInfo, Store
@@ -44,6 +56,17 @@ _PASSING: Final = (
     ConnectionError,
     IncompleteReadError,
 )  # ends of connections, time-outs, short bodies
+#: Where credentials come from does not answer, or has none at present.
+_NO_CREDENTIALS: Final = (
+    NoCredentialsError,
+    CredentialRetrievalError,
+    MetadataRetrievalError,
+    SSOError,
+    TokenRetrievalError,
+)
+#: How patient a look for a machine's own credentials is. botocore's one try of a second fails on a machine that starts.
+_PATIENCE: Final = {"metadata_service_num_attempts": 5, "metadata_service_timeout": 2}
+_LOOK_SECONDS: Final = 2.0  # that a thread waits for another one's look; then it says that there are none
 _PIECE: Final = 8 * 2**20  # bytes of a large file that are sent at once; S3 takes 5 MiB at least
 _MOST_PIECES: Final = 10_000  # S3's own bound
 _SENDERS: Final = 4  # pieces on their way at once
@@ -57,30 +80,85 @@ _MEANING: Final[Mapping[int, tuple[type[StorageError], str]]] = {
 }
 
 
-@lru_cache(maxsize=8)
-def s3_client(timeout: float) -> "S3Client":
+class _Clients:
     """One client a process and time-out (they are thread-safe), with retries left to `S3Store`.
 
-    Everything else is the standard AWS configuration: credentials, region, AWS_ENDPOINT_URL_S3.
+    Everything else is the standard AWS configuration: credentials, region, AWS_ENDPOINT_URL_S3. To be called within
+    `retrying`: a client without credentials is not made, so that each try looks for them anew. Raises UsageError for a
+    configuration that cannot be right.
     """
-    with _client_lock:  # making a client is not thread-safe
-        config = Config(
-            connect_timeout=min(5.0, timeout),
-            read_timeout=timeout,
-            retries={"total_max_attempts": 1, "mode": "standard"},
-            max_pool_connections=64,
-            # Optional checksums are sent as trailers, which several S3 servers do not read; we send Content-MD5.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
-        session = boto3.session.Session()  # a new one: the default session remembers old credentials
-        # boto3 knows AWS_DEFAULT_REGION and profiles; AWS_REGION is what other SDKs read, and EKS sets in its pods.
-        # Stores other than AWS do not care for the region, and AWS redirects.
-        region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
-        return session.client("s3", config=config, region_name=region)
+
+    def __init__(self) -> None:
+        self._making = threading.Lock()  # making a client is not thread-safe
+        self._made: dict[float, S3Client] = {}
+
+    def __call__(self, timeout: float) -> "S3Client":
+        if (made := self._made.get(timeout)) is not None:
+            return made
+        if not self._making.acquire(timeout=_LOOK_SECONDS):
+            raise NoCredentialsError
+        try:
+            if timeout not in self._made:
+                self._made[timeout] = _checked_client(timeout)
+            return self._made[timeout]
+        finally:
+            self._making.release()
+
+    def cache_clear(self) -> None:
+        """For tests: clients remember the settings that they were made for."""
+        self._made.clear()
 
 
-_client_lock: Final = threading.Lock()
+s3_client: Final = _Clients()
+
+
+def _checked_client(timeout: float) -> "S3Client":
+    try:
+        return _new_client(timeout)
+    except (*_PASSING, *_NO_CREDENTIALS):
+        raise
+    except (BotoCoreError, ValueError, AttributeError, OSError) as error:  # whatever botocore makes of a mistake
+        raise UsageError(_mistake(error)) from error
+
+
+def _mistake(error: Exception) -> str:
+    """What is wrong with the configuration, and the variables that it comes from."""
+    says = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, AttributeError):  # a section that is no section
+        says = f"{os.environ.get('AWS_CONFIG_FILE', '~/.aws/config')} is not as it should be ({says})"
+    settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_") and "_KEY" not in name}
+    found = " and ".join(sorted(name for name, value in settings.items() if value and value in says))
+    hint = ", which begins with http:// or https://" if says.startswith("Invalid endpoint") else ""
+    return f"S3 cannot be used: {says}; correct {found or 'the AWS_ variables, or ~/.aws/config'}{hint}"
+
+
+def _new_client(timeout: float) -> "S3Client":
+    config = Config(
+        connect_timeout=min(5.0, timeout),
+        read_timeout=timeout,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        max_pool_connections=64,
+        # Optional checksums are sent as trailers, which several S3 servers do not read; we send Content-MD5.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    session = _session()
+    credentials = session.get_credentials()
+    if credentials is None:
+        raise NoCredentialsError
+    credentials.get_frozen_credentials()  # those of a role are asked for now, and not by the first requests
+    # boto3 knows AWS_DEFAULT_REGION and profiles; AWS_REGION is what other SDKs read, and EKS sets in its pods.
+    # Stores other than AWS do not care for the region, and AWS redirects.
+    region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
+    return session.client("s3", config=config, region_name=region)
+
+
+def _session() -> boto3.session.Session:
+    core = botocore.session.get_session()  # a new one: the default session remembers old credentials
+    for name, value in _PATIENCE.items():
+        if f"AWS_{name.upper()}" not in os.environ and name not in core.get_scoped_config():
+            core.set_config_variable(name, value)
+    return boto3.session.Session(botocore_session=core)
 
 
 class S3Store(Store):
@@ -91,7 +169,10 @@ class S3Store(Store):
         self.prefix = prefix + "/" if prefix else ""
         self.root = f"s3://{bucket}/{prefix}".rstrip("/")
         self._settings = settings
-        self._client = s3_client(max(0.5, settings.storage_retry_seconds / 3))  # so that three tries fit
+
+    @cached_property
+    def _client(self) -> "S3Client":
+        return s3_client(max(0.5, self._settings.storage_retry_seconds / 3))  # so that three tries fit
 
     def _where(self, key: str) -> dict[str, Any]:
         return {"Bucket": self.bucket, "Key": self.prefix + key}
@@ -210,7 +291,8 @@ class S3Store(Store):
 def retrying(uri: str, call: Callable[[], T], seconds: float) -> T:
     """`call()`, again after a jittered pause while the failure may pass and `seconds` are not over.
 
-    Raises StorageError: ObjectNotFound, AccessDenied, ObjectChanged, StoreUnavailable, or itself for the rest.
+    Raises StorageError: ObjectNotFound, AccessDenied, NoCredentials, ObjectChanged, StoreUnavailable, or itself for
+    the rest. What `s3_client` says of the configuration is passed on.
     """
     deadline = time.monotonic() + seconds
     pause = 0.1
@@ -231,15 +313,24 @@ def _as_storage_error(uri: str, error: BaseException | None) -> StorageError:
     if isinstance(error, S3UploadFailedError) and error.__context__ is not None:
         error = error.__context__
     if isinstance(error, ClientError):
+        if error.operation_name.startswith("AssumeRole"):  # of the service that gives credentials
+            return _no_credentials(uri, error)
         status, code = _status(error), str(error.response.get("Error", {}).get("Code", ""))
         if status in _RETRY_STATUS or code in _RETRY_CODES:
             return StoreUnavailable(f"{uri}: the store answered {status} {code}")
         kind, says = _MEANING.get(status, (StorageError, "the store refused"))
         return kind(f"{uri}: {says} ({status} {code})")
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return AccessDenied(f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile")
+    if isinstance(error, _NO_CREDENTIALS):
+        return _no_credentials(uri, error)
     kind = StoreUnavailable if isinstance(error, _PASSING) else StorageError
     return kind(f"{uri}: {' '.join(str(error).split())}")
+
+
+def _no_credentials(uri: str, error: BaseException) -> NoCredentials:
+    return NoCredentials(
+        f"{uri}: no S3 credentials ({' '.join(str(error).split())}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+        "or AWS_PROFILE, or give this machine a role"
+    )
 
 
 def _content_md5(data: bytes) -> str:

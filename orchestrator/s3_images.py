@@ -22,7 +22,7 @@ from botocore.awsrequest import AWSPreparedRequest
 from botocore.exceptions import ClientError, ConnectTimeoutError, IncompleteReadError, ReadTimeoutError
 from botocore.response import StreamingBody
 
-from .errors import AccessDenied, FetchError, ObjectNotFound, StorageError
+from .errors import AccessDenied, FetchError, NoCredentials, ObjectNotFound, StorageError
 from .s3 import retrying, s3_client
 from .storage import split_s3
 
@@ -42,7 +42,18 @@ _MOVED: Final = frozenset({301, 302, 307, 308, 400})
 
 def fetch_object(uri: str, max_bytes: int, timeout: float) -> bytes:
     """An image's bytes, of a version where `?versionId=` ends the URI; see `fetch.fetch`."""
-    getter = _getter(max(0.5, timeout / 3))  # so that three tries fit
+    try:
+        getter = retrying(uri, lambda: _getter(max(0.5, timeout / 3)), timeout)  # so that three tries fit
+        return _read(getter, uri, max_bytes, timeout)
+    except NoCredentials:  # not this image's fault
+        raise
+    except StorageError as error:
+        timed_out = isinstance(error.__cause__, ConnectTimeoutError | ReadTimeoutError)
+        code = _FETCH_CODES.get(type(error), "fetch_timeout" if timed_out else "fetch_failed")
+        raise FetchError(code, str(error)) from error
+
+
+def _read(getter: "_Getter", uri: str, max_bytes: int, timeout: float) -> bytes:
     deadline = time.monotonic() + timeout
 
     def read() -> bytes:
@@ -59,12 +70,7 @@ def fetch_object(uri: str, max_bytes: int, timeout: float) -> bytes:
             raise IncompleteReadError(actual_bytes=len(data), expected_bytes=size)
         return bytes(data)
 
-    try:
-        return retrying(uri, read, timeout)
-    except StorageError as error:
-        timed_out = isinstance(error.__cause__, ConnectTimeoutError | ReadTimeoutError)
-        code = _FETCH_CODES.get(type(error), "fetch_timeout" if timed_out else "fetch_failed")
-        raise FetchError(code, str(error)) from error
+    return retrying(uri, read, timeout)
 
 
 @dataclass(frozen=True, slots=True)

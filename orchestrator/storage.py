@@ -34,7 +34,10 @@ class ObjectInfo:
 
 
 class Store(ABC):
-    """A prefix in an object store. All methods raise StorageError (see `errors`) and are safe from many threads."""
+    """A prefix in an object store. All methods are safe from many threads.
+
+    They raise StorageError (see `errors`), and UsageError where the store's configuration cannot be right.
+    """
 
     root: str  # the URI or path the keys are relative to, without a slash at the end
 

@@ -7,30 +7,34 @@ import threading
 import time
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from blip_engine.errors import ImageError
 from blip_engine.images import ImageLimits, decode_image, resized_pixels
-from orchestrator.errors import FetchError
+from orchestrator.errors import BlipBatchError, FetchError
 from orchestrator.fetch import fetch
 
 from .loader import LoaderLimits
 from .messages import Ask, Failure, Loaded
 from .slots import DECODING, FETCHING, LOADED, SLOT_BYTES, Slots
 
+Fetched: TypeAlias = bytes | Failure | BlipBatchError  # the last: why no image can be fetched at present
+
 _TOGETHER: Final = 4  # answers in a message, where more work waits
 _QUICK_SECONDS: Final = 0.01  # a decode that took longer is answered at once
 
 
-def fetched(location: Any, limits: LoaderLimits) -> bytes | Failure:
+def fetched(location: Any, limits: LoaderLimits) -> Fetched:
     """The bytes at `location`, or what went wrong."""
     try:
         return fetch(location, limits.max_bytes, limits.fetch_timeout)
     except FetchError as error:
         return Failure(error.code, str(error))
+    except BlipBatchError as error:  # no row may pay for it
+        return error
     except Exception as error:
         return _failed(error)
 
@@ -68,7 +72,7 @@ class Loads:
     def __init__(self, pipe: Connection, slots: Slots, limits: LoaderLimits) -> None:
         self._pipe, self._slots, self._limits = pipe, slots, limits
         self._asked: SimpleQueue[Ask] = SimpleQueue()
-        self._fetched: SimpleQueue[tuple[Ask, bytes | Failure, float] | None] = SimpleQueue()  # None: no more come
+        self._fetched: SimpleQueue[tuple[Ask, Fetched, float] | None] = SimpleQueue()  # None: no more come
 
     def serve(self) -> None:
         """Returns when the pipe is closed."""
@@ -98,8 +102,8 @@ class Loads:
             data = fetched(ask.location, self._limits)
             self._fetched.put((ask, data, time.perf_counter() - started))
 
-    def _decode(self, ask: Ask, data: bytes | Failure, fetch_seconds: float) -> Loaded:
-        if isinstance(data, Failure):
+    def _decode(self, ask: Ask, data: Fetched, fetch_seconds: float) -> Loaded:
+        if not isinstance(data, bytes):
             self._slots.set_phase(ask.slot, LOADED)
             return Loaded(ask.slot, data, 0, fetch_seconds)
         self._slots.set_phase(ask.slot, DECODING)

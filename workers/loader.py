@@ -15,6 +15,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Final
 
+from orchestrator.errors import BlipBatchError
+
 from .children import Child, Supervisor
 from .cpus import usable_cpus
 from .messages import Ask, Failure, Loaded
@@ -49,7 +51,7 @@ class _Item:
     phase: int = ASKED  # as it was seen last
     since: float = 0.0  # when it was first seen so
 
-    def settle(self, outcome: "Failure | tuple[int, int]") -> None:
+    def settle(self, outcome: "Failure | tuple[int, int] | BlipBatchError") -> None:
         self.replies.put((self.token, outcome))
 
 
@@ -102,6 +104,7 @@ class LoaderPool(Supervisor):
         """Put the image at `location`, resized to (height, width), into `slot`.
 
         `(token, its size there)` or `(token, Failure)` then comes through `replies`; after it the slot is the caller's.
+        `(token, BlipBatchError)`: no image can be fetched at present, and it is not this one's fault.
         """
         item = _Item(Ask(slot, location, size), replies, token)
         self._call(lambda: self._backlog.append(item))

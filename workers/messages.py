@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from blip_engine.errors import CheckpointError
 from blip_engine.requests import Options, Task
+from orchestrator.errors import BlipBatchError
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Loaded(NamedTuple):
     """From a loader: what became of an Ask."""
 
     slot: int
-    outcome: Failure | tuple[int, int]  # height and width of the image in the slot
+    outcome: Failure | tuple[int, int] | BlipBatchError  # (height, width) in the slot; why none can be fetched
     bytes: int = 0  # fetched
     fetch_seconds: float = 0.0
     decode_seconds: float = 0.0  # the resize included

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from blip_engine.requests import Options, Result, Task, result_record
 from orchestrator.contract import BadRow, Row, error_row, result_row
-from orchestrator.errors import FetchError
+from orchestrator.errors import BlipBatchError, FetchError
 from orchestrator.fastjson import is_json
 
 from .engine_process import EngineProcess
@@ -83,7 +83,10 @@ class Lane:
         self._replies: SimpleQueue[tuple[_Flight, Any]] = SimpleQueue()
 
     def run(self, chunk: "ChunkRun") -> list[dict[str, Any]]:
-        """The chunk's records, in row order. Passes on what `chunk.check` raises, to abandon it."""
+        """The chunk's records, in row order.
+
+        Passes on what `chunk.check` raises, to abandon it, and what kept a loader from fetching any image.
+        """
         waiting = deque(chunk.flights())
         while chunk.rows_done < len(chunk.rows):
             while waiting and self._free and chunk.takes(waiting[0].rows):
@@ -102,7 +105,7 @@ class Lane:
         self._loaders.load(flight.slot, flight.location, chunk.job.checkpoint.image_size, self._replies, flight)
 
     def _land(self, flight: _Flight, outcome: Any, current: "ChunkRun") -> None:
-        """One answer of a loader (a size or Failure) or of the engine (results or Failure)."""
+        """One answer of a loader (a size, Failure or exception) or of the engine (results or Failure)."""
         if flight.chunk is current and self._goes_on(flight, outcome) and flight.size is not None:
             run = Run(
                 current.job.checkpoint.name, current.job.task, flight.slot, flight.size, flight.texts(),
@@ -112,12 +115,16 @@ class Lane:
         else:
             flight.chunk.flying -= 1
             self._free.append(flight.slot)
+            if flight.chunk is current and isinstance(outcome, BlipBatchError):
+                raise outcome
 
     def _goes_on(self, flight: _Flight, outcome: Any) -> bool:
         """Settle rows; whether `flight.rows` are to be run (again)."""
         if isinstance(outcome, tuple):
             flight.size = outcome
             return True
+        if isinstance(outcome, BlipBatchError):
+            return False
         if isinstance(outcome, Failure):
             if flight.size is None:
                 flight.chunk.fail([*flight.rows, *chain.from_iterable(flight.later)], outcome)

@@ -19,7 +19,15 @@ from typing import Any, Final
 from blip_engine.errors import BlipError
 from blip_engine.requests import TASKS, checkpoints_of
 from orchestrator.contract import BadRow, Hint, Row
-from orchestrator.errors import BlipBatchError, JobError, RedisUnavailable, SpecUnreadable, StoreUnavailable, UsageError
+from orchestrator.errors import (
+    BlipBatchError,
+    JobError,
+    NoCredentials,
+    RedisUnavailable,
+    SpecUnreadable,
+    StoreUnavailable,
+    UsageError,
+)
 from orchestrator.jobs import model_name
 from orchestrator.ledger import QUEUE, Lease, Ledger
 from orchestrator.logs import fields, more
@@ -40,6 +48,7 @@ _log = logging.getLogger(__name__)
 
 _CONDEMNED_AFTER: Final = 2  # deaths of workers at one row, alone
 _BACK_OFF_SECONDS: Final = 2.0  # before a hint goes back because Redis or the store is away
+_LOOK_SECONDS: Final = 60.0  # without credentials; then the process ends: another one, or elsewhere, may have some
 _JOBS_KEPT: Final = 16
 _POLL_SECONDS: Final = 0.25
 _LONGEST_WHY: Final = 300  # characters of an exception, in a job's error
@@ -102,6 +111,7 @@ class Worker:
         }
         self._jobs: dict[tuple[str, str], OpenJob] = {}
         self._drain_until: float | None = None
+        self._without_since: float | None = None  # credentials, as far as is known
 
     def start(self) -> None:
         """Returns once the engine is up and has what is to be preloaded.
@@ -212,6 +222,7 @@ class Worker:
         outcome = "left"  # to the control loop, after an error that nobody expected
         try:
             outcome = "committed" if self._finish(hint, held, lane) else "duplicate"
+            self._without_since = None
         except _Abandon as reason:  # given back where it is still ours; a hint is only needed if nobody else sends one
             _log.info("chunk %d of %s abandoned: %s", hint.chunk, hint.job, reason)
             self._release(held.lease)
@@ -219,7 +230,9 @@ class Worker:
             if reason.put_back:
                 raise PutBack(str(reason)) from None
         # An outage passes, a job of another version is for workers of that one: given back uncounted, after a while.
-        except (StoreUnavailable, RedisUnavailable, SpecUnreadable) as error:
+        except (StoreUnavailable, NoCredentials, RedisUnavailable, SpecUnreadable) as error:
+            if isinstance(error, NoCredentials):
+                self._note_without(error)
             _log.warning("chunk %d of %s put back: %s", hint.chunk, hint.job, error)
             time.sleep(_BACK_OFF_SECONDS)
             self._release(held.lease)
@@ -246,7 +259,7 @@ class Worker:
     def _finish(self, hint: Hint, held: Held, lane: Lane) -> bool:
         """The chunk's part is in storage and counted; False: it was counted before. Raises what ends the chunk here."""
         job = self._open(hint)
-        part = describe(job.store, part_key(hint.chunk, hint.round, job.plan.results))
+        part = describe(job.store, part_key(hint.chunk, hint.round, job.plan.results), hint.plan)
         if part is None:
             rows = job.rows(hint)
             records, weights = self._compute(job, rows, held, lane)
@@ -347,6 +360,12 @@ class Worker:
             return True
         rest = (now - held.started) * (rows - held.rows_done) / max(1, held.rows_done)
         return now + rest <= until
+
+    def _note_without(self, error: NoCredentials) -> None:
+        now = time.monotonic()
+        self._without_since = self._without_since or now
+        if now - self._without_since > _LOOK_SECONDS:
+            self._break(str(error))
 
     def _release(self, lease: Lease) -> None:
         try:

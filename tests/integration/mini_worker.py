@@ -65,7 +65,7 @@ class MiniWorker:
         store = open_store(spec.output, self.settings)
         plan = load_plan(store, self.settings)
         assert plan is not None
-        info = describe(store, part_key(hint.chunk, hint.round, plan.results))
+        info = describe(store, part_key(hint.chunk, hint.round, plan.results), hint.plan)
         if info is None:
             self.ledger.report_model(hint.job, {"source": spec.model, "weights_sha256": WEIGHTS})
             rows = plan.read_rows(hint.as_chunk(), spec.task)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ from mini_worker import MiniWorker
 from servers import RedisServer, S3Server
 from test_cli import blip_batch, one_line_error
 
-from orchestrator import lifecycle
+from orchestrator import jobs, lifecycle
 from orchestrator.contract import JobSpec, JobState
 from orchestrator.control import Controller
 from orchestrator.embedded import finished_summary
 from orchestrator.errors import JobConflict
-from orchestrator.jobs import make_spec, submit
-from orchestrator.plan import load_plan
+from orchestrator.jobs import known_plan, make_spec, submit
+from orchestrator.plan import Plan, load_plan
 from orchestrator.recover import recover
 from orchestrator.rounds import load_rounds
 from orchestrator.s3 import s3_client
@@ -199,3 +200,91 @@ def test_a_retry_that_takes_long_to_begin_is_begun_by_the_control_loop(
         audit = verify(str(tmp_path / "out"))
         assert audit.ok, audit.problems
         assert api.post(f"/v1/jobs/{job}/retry").json()["rows"] == 4  # the summary tells
+
+
+@pytest.fixture(params=["s3", "local"])
+def out(request: pytest.FixtureRequest, s3_server: S3Server, tmp_path: Path) -> str:
+    """An output that a removal can be interrupted in."""
+    return "s3://blip/out" if request.param == "s3" else str(tmp_path / "out")
+
+
+def remove(output: str, kept: Callable[[str], bool]) -> None:
+    """As `aws s3 rm --recursive` or `rm -r` that did not come to its end."""
+    for info in [*open_store(output).list()]:
+        if not kept(info.key) and output.startswith("s3://"):
+            s3_client(5.0).delete_object(Bucket="blip", Key=f"out/{info.key}")
+        elif not kept(info.key):
+            (Path(output) / info.key).unlink()
+
+
+def contents(output: str) -> dict[str, bytes]:
+    store = open_store(output)
+    return {info.key: store.get(info.key) for info in store.list() if info.key != "plan/probe"}
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        lambda key: key >= "results/",  # removed in the order of keys
+        lambda key: key.startswith("results/"),  # as that leaves a job without a retry
+        lambda key: key.startswith("rounds/"),
+        lambda key: key == "summary.json",
+        lambda key: key != "job.json",  # the parts may be another model's
+        lambda key: not key.startswith("plan/"),
+    ],
+)
+def test_results_whose_job_is_gone_are_never_taken_for_the_new_jobs(
+    settings: Settings, controller: Controller, tmp_path: Path, out: str, kept: Callable[[str], bool]
+) -> None:
+    spec = caption_spec(write_manifest(tmp_path, 20, lambda n: n == 3), out)
+    finish(settings, controller, spec)
+    lifecycle.retry(controller.ledger, settings, spec.id)
+    assert advance(controller, spec.id, ended, MiniWorker(settings)).round == 1
+    remove(out, kept)
+    before = contents(out)
+    if "job.json" not in before and "plan/plan.json" not in before:
+        write_manifest(tmp_path, 20)  # of equal shape
+    controller.ledger._redis.flushall()
+    state = finish(settings, controller, spec)
+    assert state.error is not None
+    assert state.error["code"] == "output_taken"
+    assert f"{out} holds results of a job whose job.json or plan is gone; remove all" in state.error["message"]
+    assert contents(out) == before
+    remove(out, lambda _: False)
+    assert finish(settings, controller, spec).status == "completed"
+    assert verify(out).ok
+
+
+def test_two_who_plan_the_same_output_are_in_nobodys_way(
+    settings: Settings, controller: Controller, tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One looks for a plan just before the other has written it, and for results just after."""
+    spec = caption_spec(write_manifest(tmp_path, 20), out)
+    finish(settings, controller, spec)
+    answers: list[Plan | None] = [None]
+    monkeypatch.setattr(jobs, "load_plan", lambda *args: answers.pop() if answers else load_plan(*args))
+    found = known_plan(open_store(out), settings)
+    assert found is not None
+    assert found.rows == 20
+    assert not answers
+
+
+def test_a_part_of_another_plan_is_not_counted(
+    s3_server: S3Server, settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    """As a worker may leave it that was at the old job when its output was removed and done anew."""
+    spec, store = caption_spec(write_manifest(tmp_path, 20), "s3://blip/out"), open_store("s3://blip/out")
+    finish(settings, controller, spec)
+    key = "results/part-00000001.jsonl"
+    head = store.head(key)
+    assert head is not None
+    store.put(key, store.get(key), metadata={**head.metadata, "plan": "0" * 32})
+    controller.ledger._redis.flushall()
+    state = finish(settings, controller, spec)
+    assert state.error is not None
+    assert state.error["code"] == "part_invalid"
+    assert (
+        state.error["message"] == f"s3://blip/out/{key}: a part of another plan; delete this part and run the job again"
+    )
+    s3_client(5.0).delete_object(Bucket="blip", Key=f"out/{key}")
+    assert finish(settings, controller, spec).status == "completed"

@@ -207,7 +207,7 @@ def test_parts_are_checked_against_their_chunk(tmp_path: Path) -> None:
     info = put_part(store, HINT, records, "w")
     assert (info.rows, info.failed) == (3, 1)
     assert put_part(store, HINT, [result_row(row, "caption", {"caption": "y"}) for row in rows], "w") == info
-    assert describe(store, part_key(2)) == info
+    assert describe(store, part_key(2), HINT.plan) == info
     assert check(store, HINT.as_chunk()).failures == [records[1]]
     good = (tmp_path / part_key(2)).read_bytes()
     for content, says in (
@@ -231,7 +231,7 @@ def test_parts_are_checked_against_their_chunk(tmp_path: Path) -> None:
         damaged = re.sub(rb'"error":\{[^}]*\}', text, good)
         (tmp_path / part_key(2)).write_bytes(damaged)
         with pytest.raises(PartError, match="record 2"):
-            describe(store, part_key(2))
+            describe(store, part_key(2), HINT.plan)
 
 
 @pytest.mark.parametrize("results", RESULT_FORMATS)

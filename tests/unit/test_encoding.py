@@ -121,7 +121,7 @@ def test_parts_are_known_by_their_names_and_damage_is_told(tmp_path: Path, resul
     info = put_part(store, HINT, records, "w", results=results)
     assert (info.rows, info.failed) == (3, 1)
     assert [file.name for file in (tmp_path / "results").iterdir()] == [f"part-00000002.{results}"]
-    assert put_part(store, HINT, records[::1], "other", results=results) == info == describe(store, key)
+    assert put_part(store, HINT, records[::1], "other", results=results) == info == describe(store, key, HINT.plan)
     assert check(store, HINT.as_chunk(), results=results).failures == [records[1]]
     assert chunk_of(key, results) == 2
     assert not [other for other in RESULT_FORMATS if other != results and chunk_of(key, other) is not None]

@@ -149,7 +149,7 @@ def submit(ledger: Ledger, spec: JobSpec, settings: Settings) -> str:
     """Starts the job, or goes on with it where it is; returns its id.
 
     A job that ended as failed or cancelled, or is paused, goes on from its finished parts; one whose output was
-    removed begins anew. Raises JobConflict as `plan_to_go_on_with` does.
+    removed begins anew. Raises JobConflict as `plan_to_go_on_with` does, and while the job is being cancelled.
     """
     return wake(ledger, spec, plan_to_go_on_with(spec, settings))
 
@@ -169,11 +169,20 @@ def plan_to_go_on_with(spec: JobSpec, settings: Settings) -> Plan | None:
 def wake(ledger: Ledger, spec: JobSpec, plan: Plan | None) -> str:
     """As `submit`, of a job whose output was looked at already and has `plan`."""
     if not ledger.create_job(spec):
+        state = _state_to_go_on_from(ledger, spec.id)
         ledger.update_spec(spec)
-        state = ledger.state(spec.id)
-        if state is not None and (state.status in {"failed", "cancelled", "paused"} or _is_outdated(state, plan)):
-            ledger.set_status(spec.id, "validating", since=state.status)
+        idle = state is not None and (state.status in {"failed", "cancelled", "paused"} or _is_outdated(state, plan))
+        if state is not None and idle and not ledger.set_status(spec.id, "validating", since=state.status):
+            _state_to_go_on_from(ledger, spec.id)  # someone was quicker: to wake it, or to cancel it
     return spec.id
+
+
+def _state_to_go_on_from(ledger: Ledger, job: str) -> JobState | None:
+    """Raises JobConflict where a cancel is under way: it would end what was just asked for, without a word."""
+    state = ledger.state(job)
+    if state is not None and state.status == "cancelling":
+        raise JobConflict(f"job {job} is being cancelled; submit it again once it has ended")
+    return state
 
 
 def _is_outdated(state: JobState, plan: Plan | None) -> bool:

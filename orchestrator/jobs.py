@@ -29,7 +29,7 @@ from .storage import Store, is_s3, open_store, split_s3
 
 JOB_KEY: Final = "job.json"
 _LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
-_MODEL: Final = re.compile(r"demo|[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
+_MODEL: Final = re.compile(r"demo|(?!.*\.\.)\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
 
 
 def make_spec(  # noqa: PLR0913 - a job has as many arguments as options
@@ -45,10 +45,12 @@ def make_spec(  # noqa: PLR0913 - a job has as many arguments as options
     chunk_rows: int | None = None,
     max_error_ratio: float = 0.5,
     weight: float = 1.0,
+    remote: Settings | None = None,
 ) -> JobSpec:
     """A whole spec, with its id; the same work on the same output always has the same id.
 
     Raises UsageError for anything that can be known to be wrong without reading the manifest or loading the model.
+    `remote`: another machine asks, and of local files only those in BLIP_ALLOWED_FOLDERS are looked for.
     """
     if task not in JOB_TASKS:
         raise UsageError(f"unknown task {task!r}; the tasks are: {', '.join(JOB_TASKS)}")
@@ -65,8 +67,8 @@ def make_spec(  # noqa: PLR0913 - a job has as many arguments as options
     try:
         options_for(task, options)
         draft = JobSpec(
-            id="draft", task=task, model=models_of(task, model), manifest=manifest_uri(manifest),
-            manifest_format=manifest_format, columns=checked_columns(columns or {}), output=_output(output),
+            id="draft", task=task, model=models_of(task, model, remote), manifest=manifest_uri(manifest, remote),
+            manifest_format=manifest_format, columns=checked_columns(columns or {}), output=_output(output, remote),
             results=results, options=dict(options or {}), chunk_rows=chunk_rows, max_error_ratio=max_error_ratio,
             weight=weight, created_at=time.time(),
         )  # fmt: skip
@@ -79,68 +81,62 @@ def make_spec(  # noqa: PLR0913 - a job has as many arguments as options
     return draft.model_copy(update={"id": "job-" + hashlib.sha256(text.encode()).hexdigest()[:20]})
 
 
-def check_remote(manifest: str, output: str, model: str | None, settings: Settings) -> None:
-    """Raises UsageError where a request from another machine names files outside of BLIP_ALLOWED_FOLDERS.
-
-    To be called before `make_spec`, which would tell whether a file exists.
-    """
-    _check_allowed("manifest", manifest, settings)
-    _check_allowed("output", output, settings)
-    for name in (model or "").split("+"):
-        if name.startswith(("/", ".", "~")) or (name != DEMO_MODEL and os.path.isdir(name)):  # noqa: PTH112
-            _check_allowed("model", name, settings)
-
-
 def _check_allowed(what: str, text: str, settings: Settings) -> None:
-    if "://" in text or "\0" in text or not text or _LONE_SURROGATE.search(text):
-        return  # s3:// is well, and `make_spec` refuses the rest without a look at any file
-    if not text.startswith("/"):
-        raise UsageError(f"{what} {text}: give an s3:// URI, or a whole path that starts with /")
+    """Raises UsageError for a path outside of BLIP_ALLOWED_FOLDERS, in the same words whether anything is there."""
+    if not text.startswith("/") or ".." in text.split("/"):  # what `..` means depends on links, and who follows them
+        raise UsageError(f"{what} {text}: give an s3:// URI, or a whole path that starts with / and has no .. in it")
     path = os.path.realpath(text) + "/"
     if not any(path.startswith(os.path.realpath(folder).rstrip("/") + "/") for folder in settings.allowed_folders):
         raise UsageError(f"{what} {text}: the orchestrator takes s3:// URIs, and paths below its BLIP_ALLOWED_FOLDERS")
 
 
-def manifest_uri(manifest: str) -> str:
+def manifest_uri(manifest: str, remote: Settings | None = None) -> str:
     """An s3:// URI as it is, a path made absolute, a folder with / at its end. Raises UsageError."""
     if is_s3(manifest):
         split_s3(manifest)
         return manifest
-    path = _local(manifest, "manifest")
+    path = _local(manifest, "manifest", remote)
     if not os.path.exists(path):  # noqa: PTH110 -- unlike Path's, it never raises
         raise UsageError(f"manifest {manifest} does not exist")
     return path + "/" if os.path.isdir(path) else path  # noqa: PTH112
 
 
-def _output(output: str) -> str:
+def _output(output: str, remote: Settings | None) -> str:
     if is_s3(output):
         split_s3(output)
         return output.rstrip("/")
-    path = _local(output, "output")
+    path = _local(output, "output", remote)
     if os.path.isfile(path):  # noqa: PTH113
         raise UsageError(f"output {output} is a file; name a folder or s3:// prefix")
     return path
 
 
-def _local(text: str, what: str) -> str:
+def _local(text: str, what: str, remote: Settings | None) -> str:
     if "://" in text:
         raise UsageError(f"{what} {text}: only s3:// URIs and local paths can be used")
     if not text or "\0" in text:
         raise UsageError(f"{what} {text!r} is not a path")
+    if remote is not None:
+        _check_allowed(what, text, remote)
     return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111
 
 
-def models_of(task: Task, model: str | None) -> str:
+def models_of(task: Task, model: str | None, remote: Settings | None = None) -> str:
     """The model of a job, or its two; None: the task's default. Raises UsageError, OptionError for a wrong number."""
     model = model or DEFAULT_MODELS[task]
     named = checkpoints_of(task, model)
-    return model if model == DEMO_MODEL else "+".join(model_name(name) for _, name in named)
+    return model if model == DEMO_MODEL else "+".join(model_name(name, remote) for _, name in named)
 
 
-def model_name(model: str) -> str:
+def model_name(model: str, remote: Settings | None = None) -> str:
     """A local directory as an absolute path, `demo` or a hub repository's name as it is. Raises UsageError."""
+    local = model != DEMO_MODEL
+    if remote is not None:  # only a whole path is a directory: no other name is looked for on this disk
+        local = model.startswith(("/", ".", "~")) and "\0" not in model
+        if local:
+            _check_allowed("model", model, remote)
     folder = os.path.abspath(os.path.expanduser(model))  # noqa: PTH100, PTH111
-    if os.path.isdir(folder) and model != "demo":  # noqa: PTH112
+    if local and os.path.isdir(folder):  # noqa: PTH112
         return folder
     if not _MODEL.fullmatch(model):
         raise UsageError(
@@ -154,7 +150,7 @@ def submit(ledger: Ledger, spec: JobSpec, settings: Settings) -> str:
     """Starts the job, or goes on with it where it is; returns its id.
 
     A job that ended as failed or cancelled, or is paused, goes on from its finished parts; one whose output was
-    removed begins anew. Raises JobConflict as `plan_to_go_on_with` does.
+    removed begins anew. Raises JobConflict as `plan_to_go_on_with` does, and while the job is being cancelled.
     """
     return wake(ledger, spec, plan_to_go_on_with(spec, settings))
 
@@ -174,11 +170,20 @@ def plan_to_go_on_with(spec: JobSpec, settings: Settings) -> Plan | None:
 def wake(ledger: Ledger, spec: JobSpec, plan: Plan | None) -> str:
     """As `submit`, of a job whose output was looked at already and has `plan`."""
     if not ledger.create_job(spec):
+        state = _state_to_go_on_from(ledger, spec.id)
         ledger.update_spec(spec)
-        state = ledger.state(spec.id)
-        if state is not None and (state.status in {"failed", "cancelled", "paused"} or _is_outdated(state, plan)):
-            ledger.set_status(spec.id, "validating", since=state.status)
+        idle = state is not None and (state.status in {"failed", "cancelled", "paused"} or _is_outdated(state, plan))
+        if state is not None and idle and not ledger.set_status(spec.id, "validating", since=state.status):
+            _state_to_go_on_from(ledger, spec.id)  # someone was quicker: to wake it, or to cancel it
     return spec.id
+
+
+def _state_to_go_on_from(ledger: Ledger, job: str) -> JobState | None:
+    """Raises JobConflict where a cancel is under way: it would end what was just asked for, without a word."""
+    state = ledger.state(job)
+    if state is not None and state.status == "cancelling":
+        raise JobConflict(f"job {job} is being cancelled; submit it again once it has ended")
+    return state
 
 
 def _is_outdated(state: JobState, plan: Plan | None) -> bool:

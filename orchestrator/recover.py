@@ -30,7 +30,7 @@ def recover(output: str, settings: Settings | None = None) -> Recovered:
     """Submits an output's job again, as its job.json tells of it; the control loop then counts the parts and goes on.
 
     A job that Redis still knows goes on as by `resume` where it had stopped, and else stays as it is. Raises UsageError
-    for an output without a job, StorageError, and RedisUnavailable.
+    for an output without a job, JobConflict while the job is being cancelled, StorageError, and RedisUnavailable.
     """
     settings = settings or load_settings()
     store = open_store(output, settings)

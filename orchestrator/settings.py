@@ -1,8 +1,8 @@
 """Settings: environment variables `BLIP_*`, each documented here. Command-line flags win over them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .errors import UsageError
@@ -104,11 +104,27 @@ class Settings(BaseSettings):
             return tuple(part.strip().removeprefix("s3://") for part in value.split(",") if part.strip())
         return value
 
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        """Raises UsageError for settings that are well each by itself, and with which nothing would ever be done."""
+        for first, times, other, why in (
+            ("lease_seconds", 2, "renew_seconds", "every lease would count as lost"),
+            ("slots", 1, "worker_threads", "a thread without a slot would never end"),
+            ("loader_timeout_seconds", 1, "fetch_timeout_seconds", "loaders would be killed over slow fetches"),
+        ):
+            have, bound = getattr(self, first), getattr(self, other)
+            if have < times * bound:
+                raise UsageError(
+                    f"setting BLIP_{first.upper()}={have:g} is less than {'twice ' * (times - 1)}"
+                    f"BLIP_{other.upper()}={bound:g}: {why}; raise the one or lower the other"
+                )
+        return self
+
 
 def load_settings(**overrides: Any) -> Settings:
     """The settings from the environment, with `overrides` (None: not given) on top.
 
-    Raises UsageError that names the variable.
+    Raises UsageError that names the variable, or the two that do not go together.
     """
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})

@@ -1,9 +1,10 @@
 """A job as a worker sees it: its spec, plan, output and checkpoint. Opened once, used by all of its chunks."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from blip_engine.errors import OptionError
-from blip_engine.requests import Options, options_for
+from blip_engine.requests import Options, checkpoints_of, options_for
 from orchestrator.contract import BadRow, Hint, JobSpec, Row
 from orchestrator.errors import JobError, SpecUnreadable
 from orchestrator.fetch import ImagePolicy
@@ -41,6 +42,7 @@ class OpenJob:
             options = options_for(spec.task, spec.options)
         except OptionError as error:  # they were checked when the job was submitted: by a version that knows more
             raise SpecUnreadable(f"job {hint.job}: this version cannot read its options ({error}); upgrade") from error
+        _refuse_shadowed(spec)
         return cls(spec, store, plan, options, plan.image_policy())
 
     def rows(self, hint: Hint) -> list[Row | BadRow]:
@@ -70,3 +72,14 @@ class OpenJob:
                 "choose another output",
             )
         self.checkpoint = checkpoint
+
+
+def _refuse_shadowed(spec: JobSpec) -> None:
+    """Raises JobError where the engine would take a directory of the worker's own for a hub repository.
+
+    Directories are named by whole paths, which were checked against BLIP_ALLOWED_FOLDERS; hub names were not.
+    """
+    for _, model in checkpoints_of(spec.task, spec.model):
+        if model.count("/") == 1 and not model.startswith("/") and Path(model).is_dir():
+            here = Path(model).absolute()
+            raise JobError("model_shadowed", f"{here} hides the hub's {model}; start workers elsewhere")

@@ -17,7 +17,7 @@ from starlette.responses import StreamingResponse
 from .. import lifecycle
 from ..contract import ENDED, to_line
 from ..errors import RedisUnavailable, UnknownJob
-from ..jobs import check_remote, make_spec, submit
+from ..jobs import make_spec, submit
 from ..ledger import Ledger
 from ..settings import Settings
 from .models import (
@@ -94,8 +94,7 @@ class Routes:
 
     def submit(self, submission: Submission, response: Response) -> dict[str, Any]:
         """Idempotent: the id is made of what is asked for, so the same body again goes on with the same job."""
-        check_remote(submission.manifest, submission.output, submission.model, self._settings)
-        spec = make_spec(**submission.model_dump())
+        spec = make_spec(**submission.model_dump(), remote=self._settings)
         known = self._ledger.state(spec.id) is not None
         job = submit(self._ledger, spec, self._settings)
         response.status_code = 200 if known else 201

@@ -86,7 +86,8 @@ def test_jobs_come_in_pages(
 def test_pause_resume_cancel_and_retry(
     api: httpx.Client, settings: Settings, controller: Controller, folder: Path
 ) -> None:
-    job = api.post("/v1/jobs", json=body(folder)).json()["id"]
+    given = body(folder)
+    job = api.post("/v1/jobs", json=given).json()["id"]
 
     def act(name: str) -> httpx.Response:
         return api.post(f"/v1/jobs/{job}/{name}")
@@ -98,6 +99,7 @@ def test_pause_resume_cancel_and_retry(
     assert act("pause").json()["status"] == "paused"
     assert act("resume").json()["status"] == "in_progress"
     assert act("cancel").json()["status"] == "cancelling"
+    problem(api.post("/v1/jobs", json=given), 409, "conflict", f"job {job} is being cancelled; submit it again")
     advance(controller, job, ended)
     problem(act("cancel"), 409, "conflict", "it has ended already")
     assert act("resume").json()["status"] == "validating"

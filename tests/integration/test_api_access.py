@@ -9,13 +9,17 @@ from typing import Any
 import httpx
 import pytest
 from api import TOKEN, body, http, problem, serving
+from harness import advance
+from mini_worker import MiniWorker
 from openapi_spec_validator import validate
 from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.api.guard import MAX_BODY
 from orchestrator.api.server import ApiServer
-from orchestrator.errors import UsageError
+from orchestrator.control import Controller
+from orchestrator.errors import JobError, UsageError
 from orchestrator.settings import Settings
+from workers.openjob import OpenJob
 
 
 @pytest.fixture
@@ -38,7 +42,8 @@ def api(url: str) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.parametrize(
-    "place", ["/etc/passwd", "/etc", "/no/such/thing", "rows.jsonl", "../x", "~/x", "{0}/../x", "{0}x"]
+    "place",
+    ["/etc/passwd", "/etc", "/no/such/thing", "rows.jsonl", "../x", "~/x", "{0}/../x", "{0}x", "{0}/no/../../x"],
 )
 def test_no_file_outside_of_the_allowed_folders(api: httpx.Client, folder: Path, place: str) -> None:
     """Nor is it told whether there is such a file."""
@@ -54,6 +59,60 @@ def test_no_file_outside_of_the_allowed_folders(api: httpx.Client, folder: Path,
 def test_a_link_out_of_the_allowed_folders_is_followed_before_it_is_judged(api: httpx.Client, folder: Path) -> None:
     (folder / "link").symlink_to("/etc")
     problem(api.post("/v1/jobs", json={**body(folder), "manifest": str(folder / "link/passwd")}), 422, "invalid")
+
+
+@pytest.mark.parametrize(
+    "model", ["no{0}", "a/b{0}", "a://{0}", "a/b@{0}", "demo{0}", "{1}{0}", "{1}/no{0}", "{1}/link{0}", "./{0}"]
+)
+def test_no_model_leads_out_of_the_allowed_folders(api: httpx.Client, folder: Path, model: str) -> None:
+    """Whatever comes before `..`, and in the same words whether there is such a directory."""
+    (folder / "link").symlink_to(folder.parent)
+    (folder.parent / "secret").mkdir()
+    up = "/.." * 30 + str(folder.parent)
+    for task, pair in (("caption", "{0}"), ("caption", "demo+{0}"), ("capfilt", "demo+{0}"), ("capfilt", "{0}+demo")):
+        said = set()
+        for name in ("secret", "no-such"):
+            given = pair.format(model.format(f"{up}/{name}", folder))
+            answer = api.post("/v1/jobs", json={**body(folder), "task": task, "model": given})
+            problem(answer, 422, "invalid")
+            said.add(answer.json()["detail"].replace(name, "NAME"))
+        assert len(said) == 1
+
+
+def test_a_link_beside_the_allowed_folders_leads_nowhere(api: httpx.Client, folder: Path, tmp_path: Path) -> None:
+    """`…/link/../x` is below the allowed folder where the link is followed first, and outside where `..` is."""
+    (folder / "sub").mkdir()
+    (tmp_path / "link").symlink_to(folder / "sub")
+    for name in ("manifest", "output", "model"):
+        place = str(tmp_path / "link/../rows.jsonl")
+        problem(api.post("/v1/jobs", json={**body(folder), name: place}), 422, "invalid", "no .. in it")
+
+
+def test_models_in_the_allowed_folders_and_of_the_hub(api: httpx.Client, folder: Path) -> None:
+    (folder / "own+one").mkdir()
+    for number, model in enumerate((f"{folder}/own+one", "o/m", "o/m@refs/pr/1", "demo")):
+        answer = api.post("/v1/jobs", json={**body(folder, output=f"{folder}/{number}"), "model": model})
+        assert (answer.status_code, answer.json()["model"]) == (201, model)
+    answer = api.post("/v1/jobs", json={**body(folder), "model": f"{folder}+o/m", "task": "capfilt"})
+    assert (answer.status_code, answer.json()["model"]) == (201, f"{folder}+o/m")
+
+
+def test_a_hub_name_is_no_directory_beside_the_orchestrator_or_a_worker(
+    api: httpx.Client, controller: Controller, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is the same whether it is there, and no worker takes it for the hub's."""
+    (folder.parent / "owner/name").mkdir(parents=True)
+    monkeypatch.chdir(folder.parent)
+    answer = api.post("/v1/jobs", json={**body(folder), "model": "owner/name"})
+    assert (answer.status_code, answer.json()["model"]) == (201, "owner/name")
+    worker = MiniWorker(controller.settings)
+    advance(controller, answer.json()["id"], lambda state: state.status == "in_progress")
+    hint = worker.take()
+    assert hint is not None
+    with pytest.raises(JobError, match="owner/name hides the hub's owner/name"):
+        OpenJob.of(controller.ledger, hint, controller.settings)
+    monkeypatch.chdir(folder)
+    assert OpenJob.of(controller.ledger, hint, controller.settings).spec.model == "owner/name"
 
 
 def test_without_allowed_folders_there_is_only_s3(settings: Settings, folder: Path) -> None:

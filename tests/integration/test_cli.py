@@ -177,6 +177,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], says: str) 
     ("variables", "says"),
     [
         ({"BLIP_LEASE_SECONDS": "soon"}, "BLIP_LEASE_SECONDS"),
+        ({"BLIP_LEASE_SECONDS": "10"}, "BLIP_LEASE_SECONDS=10 is less than twice BLIP_RENEW_SECONDS=15"),
         ({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9", "BLIP_STORAGE_RETRY_SECONDS": "0.3"}, "127.0.0.1:9"),
         ({"AWS_ENDPOINT_URL_S3": "", "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no S3 credentials"),
         ({}, "s3://absent/m.jsonl does not exist"),

@@ -13,6 +13,7 @@ from orchestrator import lifecycle
 from orchestrator.control import Controller
 from orchestrator.errors import JobConflict
 from orchestrator.jobs import submit
+from orchestrator.recover import recover
 from orchestrator.settings import Settings, load_settings
 
 
@@ -91,6 +92,39 @@ def test_of_two_who_resume_at_once_one_does(
     state = ledger.state(job)
     assert state is not None
     assert state.status == "in_progress"
+
+
+def test_a_job_that_is_being_cancelled_is_not_submitted_again(
+    settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    ledger, worker = controller.ledger, MiniWorker(settings)
+    spec = caption_spec(write_manifest(tmp_path, 60), tmp_path / "out")
+    job = submit(ledger, spec, settings)
+    advance(controller, job, lambda state: state.chunks_done == 2, worker)
+    lifecycle.cancel(ledger, job)
+    again = spec.model_copy(update={"weight": 7.0})
+    for ask in (lambda: submit(ledger, again, settings), lambda: recover(spec.output, settings)):
+        with pytest.raises(JobConflict, match=f"job {job} is being cancelled; submit it again once it has ended"):
+            ask()
+    with pytest.raises(JobConflict, match="is cancelling: wait for its end"):
+        lifecycle.retry(ledger, settings, job)
+    assert ledger.spec(job) == spec  # nothing of it was taken over
+    assert advance(controller, job, ended).status == "cancelled"
+    submit(ledger, again, settings)
+    assert advance(controller, job, ended, worker).status == "completed"
+
+
+def test_a_job_that_is_cancelled_while_it_is_submitted_again(
+    settings: Settings, controller: Controller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = caption_spec(write_manifest(tmp_path, 60), tmp_path / "out")
+    job = submit(controller.ledger, spec, settings)
+    advance(controller, job, lambda state: state.status == "in_progress")
+    lifecycle.pause(controller.ledger, job)
+    other = MiniWorker(settings).ledger
+    monkeypatch.setattr(other, "update_spec", lambda _: lifecycle.cancel(controller.ledger, job))
+    with pytest.raises(JobConflict, match="is being cancelled"):
+        submit(other, spec, settings)
 
 
 def test_a_removed_output_may_be_done_with_another_model(

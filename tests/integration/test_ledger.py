@@ -18,7 +18,7 @@ HINT = Hint("job-1", 3, PLAN, 0, 100, 30, 10)
 
 @pytest.fixture
 def ledger(redis_server: RedisServer) -> Iterator[Ledger]:
-    ledger = Ledger.connect(load_settings(lease_seconds=0.4))
+    ledger = Ledger.connect(load_settings(lease_seconds=0.4, renew_seconds=0.1))
     yield ledger
     ledger.close()
 

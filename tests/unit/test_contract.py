@@ -306,9 +306,29 @@ def test_the_same_work_has_the_same_id(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_settings_come_from_the_environment_and_mistakes_name_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLIP_ALLOWED_BUCKETS", "s3://a, b/c/,")
-    monkeypatch.setenv("BLIP_LEASE_SECONDS", "7")
+    monkeypatch.setenv("BLIP_LEASE_SECONDS", "70")
     loaded = load_settings(redis_url="redis://h:1/0", device=None)
-    assert (loaded.allowed_buckets, loaded.lease_seconds, loaded.redis_url) == (("a", "b/c/"), 7, "redis://h:1/0")
+    assert (loaded.allowed_buckets, loaded.lease_seconds, loaded.redis_url) == (("a", "b/c/"), 70, "redis://h:1/0")
     monkeypatch.setenv("BLIP_LEASE_SECONDS", "soon")
     with pytest.raises(UsageError, match="BLIP_LEASE_SECONDS='soon'"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lease_seconds": 10}, "BLIP_LEASE_SECONDS=10 is less than twice BLIP_RENEW_SECONDS=15: every lease"),
+        ({"renew_seconds": 31}, "BLIP_LEASE_SECONDS=60 is less than twice BLIP_RENEW_SECONDS=31"),
+        ({"slots": 1}, "BLIP_SLOTS=1 is less than BLIP_WORKER_THREADS=2: a thread without a slot"),
+        ({"worker_threads": 513}, "BLIP_SLOTS=512 is less than BLIP_WORKER_THREADS=513"),
+        ({"loader_timeout_seconds": 9.5}, "BLIP_LOADER_TIMEOUT_SECONDS=9.5 is less than BLIP_FETCH_TIMEOUT_SECONDS=30"),
+        ({"fetch_timeout_seconds": 61}, "BLIP_LOADER_TIMEOUT_SECONDS=60 is less than BLIP_FETCH_TIMEOUT_SECONDS=61"),
+    ],
+)
+def test_settings_that_cannot_work_together_are_refused_with_both_names(change: dict[str, float], says: str) -> None:
+    with pytest.raises(UsageError, match=f"^setting {re.escape(says)}.*; raise the one or lower the other$"):
+        load_settings(**change)
+
+
+def test_settings_that_just_go_together() -> None:
+    load_settings(lease_seconds=30, renew_seconds=15, slots=2, loader_timeout_seconds=30)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 
@@ -70,7 +70,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
         _retry(spec)
     (summary,) = _run_jobs([spec], workers, redis, device=device, precision=precision)
     _print_summary(spec, summary)
-    raise typer.Exit(_exit_code([summary]))
+    _leave([spec], [summary])
 
 
 def _retry(spec: "JobSpec") -> None:
@@ -102,7 +102,7 @@ def demo(
     ]
     summaries = _run_jobs(specs, workers, redis, device=device, precision=precision)
     _print_demo(specs, summaries)
-    raise typer.Exit(_exit_code(summaries))
+    _leave(specs, summaries)
 
 
 def worker() -> None:
@@ -226,14 +226,26 @@ class _Bars:
 _NOTES: Final = {"validating": "planning", "finalizing": "verifying"}
 
 
-def _exit_code(summaries: Sequence[dict[str, Any]]) -> int:
-    codes = {exit_code(summary["status"], summary["request_counts"]["failed"]) for summary in summaries}
-    return next((code for code in (EXIT_FAILED, EXIT_ROW_ERRORS) if code in codes), EXIT_OK)
+def _leave(specs: "Sequence[JobSpec]", summaries: Sequence[dict[str, Any]]) -> NoReturn:
+    """Ends with the worst exit code. Raises JobError, which says why, for a job without a single result."""
+    from .failures import all_failed  # noqa: PLC0415
+    from .plan import load_plan  # noqa: PLC0415
+    from .settings import load_settings  # noqa: PLC0415
+    from .storage import open_store  # noqa: PLC0415
+
+    codes = []
+    for spec, summary in zip(specs, summaries, strict=True):
+        codes.append(exit_code(summary["status"], summary["request_counts"]["failed"]))
+        if codes[-1] == EXIT_FAILED and (plan := load_plan(open_store(spec.output), load_settings())) is not None:
+            raise all_failed(plan, summary["errors"], summary.get("round", 0))
+    raise typer.Exit(next((code for code in (EXIT_FAILED, EXIT_ROW_ERRORS) if code in codes), EXIT_OK))
 
 
 def _print_summary(spec: "JobSpec", summary: dict[str, Any]) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
+
+    from .failures import counted  # noqa: PLC0415
 
     counts, speed = summary["request_counts"], summary["images_per_second"]
     table = Table(title=f"{spec.task}: {summary['status']}", show_header=False, title_justify="left")
@@ -247,7 +259,7 @@ def _print_summary(spec: "JobSpec", summary: dict[str, Any]) -> None:
     console.print(table)
     print_line(f"results      {spec.output}/results/")  # outside of the table, which would fold them
     if counts["failed"]:
-        print_line(f"failed rows  {spec.output}/errors.jsonl")
+        print_line(f"failed rows  {spec.output}/errors.jsonl ({counted(summary['errors'])})")
 
 
 def _draw(folder: Path, count: int) -> None:

@@ -74,11 +74,14 @@ def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
 
 
 def _retry(spec: "JobSpec") -> None:
-    from .jobs import plan_to_go_on_with  # noqa: PLC0415
+    from .jobs import plan_to_go_on_with, read_job  # noqa: PLC0415
     from .lifecycle import next_round  # noqa: PLC0415
     from .settings import load_settings  # noqa: PLC0415
+    from .storage import open_store  # noqa: PLC0415
 
     plan = plan_to_go_on_with(spec, load_settings())
+    if plan is None and read_job(open_store(spec.output)) is None:  # a misspelt output would begin a new job
+        raise UsageError(f"--retry: {spec.output} holds no job; name the output of one, or leave --retry out")
     if plan is not None and (begun := next_round(plan)):
         typer.echo(f"Round {begun.round}: {begun.rows} rows without a result", err=True)
 

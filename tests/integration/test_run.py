@@ -266,7 +266,11 @@ def test_the_same_command_with_retry_does_the_failed_rows_again(cli: Cli, tmp_pa
     cli.environment["BLIP_MODELS"] = "owner/other"  # of the machine's worker in a cluster: does not concern `run`
     manifest = simple_job(tmp_path / "in", 30)
     (tmp_path / "in" / "7.png").rename(tmp_path / "in" / "gone.png")
-    code, _, err = cli.run(*cli.job(manifest, "--retry"))  # nothing to do again yet
+    code, _, err = cli.run(*cli.job(manifest, "--retry"))  # of what? The output may be misspelt
+    assert code == 1
+    assert f"Error: --retry: {tmp_path}/out holds no job" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = cli.run(*cli.job(manifest))
     assert code == 3, err
     (tmp_path / "in" / "gone.png").rename(tmp_path / "in" / "7.png")
     code, _, err = cli.run(*cli.job(manifest))

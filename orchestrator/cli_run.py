@@ -143,8 +143,8 @@ def given_options(given: Sequence[str] | None) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for text in given or ():
         name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise UsageError(f"--option {text}: write name=value")
+        if not name or not equals or name in options:
+            raise UsageError(f"--option {text}: write name=value, each name once")
         try:
             options[name] = json.loads(value)
         except ValueError:  # a word

@@ -24,7 +24,7 @@ from .plan import Plan, load_plan
 from .rounds import round_key
 from .rows import checked_columns
 from .settings import Settings
-from .storage import Store, is_s3, open_store, split_s3
+from .storage import Store, is_s3, open_store, refuse_other_uris, split_s3
 
 JOB_KEY: Final = "job.json"
 _LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -122,8 +122,7 @@ def _output(output: str) -> str:
 
 
 def _local(text: str, what: str) -> str:
-    if "://" in text:
-        raise UsageError(f"{what} {text}: only s3:// URIs and local paths can be used")
+    refuse_other_uris(text, f"{what} ")
     if not text or "\0" in text:
         raise UsageError(f"{what} {text!r} is not a path")
     return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111

@@ -34,7 +34,8 @@ class Cli:
         (folder / "tmp").mkdir()
         (folder / "model").mkdir()
         self.environment = {
-            **os.environ, "BLIP_ENGINE": "dry_engine:Engine", "PYTHONPATH": str(TESTS), "TMPDIR": str(folder / "tmp"),
+            **os.environ, "BLIP_ENGINE": "dry_engine:Engine", "TMPDIR": str(folder / "tmp"),
+            "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",  # this tree's, wherever a test goes
             "BLIP_LEASE_SECONDS": "3", "BLIP_RENEW_SECONDS": "0.5", "BLIP_RECONCILE_SECONDS": "0.3",
         }  # fmt: skip
         self.seen: set[psutil.Process] = set()
@@ -219,7 +220,12 @@ def test_a_worker_that_dies_is_replaced(cli: Cli, tmp_path: Path) -> None:
         (["rows.jsonl", "--model", "absent"], "absent': no such directory"),
         (["rows.jsonl", "--option", "beams=3"], "task 'caption' has no option 'beams'; it has: num_beams"),
         (["rows.jsonl", "--option", "num_beams"], "--option num_beams: write name=value"),
+        (["rows.jsonl", "--option", "num_beams=3", "--option", "num_beams=4"], "write name=value, each name once"),
         (["rows.jsonl", "--output", "rows.jsonl"], "output rows.jsonl is a file"),
+        (["rows.jsonl", "--output", "s3:/bucket/x"], "output s3:/bucket/x: only s3:// URIs and local paths"),
+        (["rows.jsonl", "--output", "S3:bucket"], "output S3:bucket: only s3:// URIs and local paths"),
+        (["s3:/bucket/rows.jsonl"], "manifest s3:/bucket/rows.jsonl: only s3:// URIs and local paths"),
+        ([".", "--format", "csv"], "is read as folder, not as csv; name a file in it, or leave --format out"),
         (["rows.jsonl", "--output", "/proc/out"], "/proc/out"),
         (["rows.jsonl", "--redis", "/nowhere/redis-server"], "Redis server /nowhere/redis-server: no such program"),
         (["rows.jsonl", "--device", "broken"], "the engine cannot start: RuntimeError('no such device')"),

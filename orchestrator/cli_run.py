@@ -62,25 +62,35 @@ def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
     """Do a whole job on this machine. The same command again goes on where it stopped."""
     from .jobs import make_spec  # noqa: PLC0415
 
+    settings = _settings(device=device, precision=precision)
     spec = make_spec(
         manifest, task, output, model=model, manifest_format=manifest_format, columns=given_columns(column),
         options=given_options(option), chunk_rows=chunk_rows, results=results, max_error_ratio=max_error_ratio,
     )  # fmt: skip
     if retry:
-        _retry(spec)
-    (summary,) = _run_jobs([spec], workers, redis, device=device, precision=precision)
+        _retry(spec, settings)
+    (summary,) = _run_jobs([spec], workers, redis, settings)
     _print_summary(spec, summary)
     _leave([spec], [summary])
 
 
-def _retry(spec: "JobSpec") -> None:
+def _settings(**given: str | None) -> "Settings":
+    from blip_engine.requests import check_words  # noqa: PLC0415
+
+    from .settings import load_settings  # noqa: PLC0415
+
+    settings = load_settings(drain_seconds=os.environ.get("BLIP_DRAIN_SECONDS") or 5.0, **given)
+    check_words(settings.device, settings.precision)
+    return settings
+
+
+def _retry(spec: "JobSpec", settings: "Settings") -> None:
     from .jobs import plan_to_go_on_with, read_job  # noqa: PLC0415
     from .lifecycle import next_round  # noqa: PLC0415
-    from .settings import load_settings  # noqa: PLC0415
     from .storage import open_store  # noqa: PLC0415
 
-    plan = plan_to_go_on_with(spec, load_settings())
-    if plan is None and read_job(open_store(spec.output)) is None:  # a misspelt output would begin a new job
+    plan = plan_to_go_on_with(spec, settings)
+    if plan is None and read_job(open_store(spec.output, settings)) is None:  # a misspelt output would begin a new job
         raise UsageError(f"--retry: {spec.output} holds no job; name the output of one, or leave --retry out")
     if plan is not None and (begun := next_round(plan)):
         typer.echo(f"Round {begun.round}: {begun.rows} rows without a result", err=True)
@@ -97,13 +107,14 @@ def demo(
     """Draw pictures, caption them, ask about them and match them, and say how often the model was right."""
     from .jobs import make_spec  # noqa: PLC0415
 
+    settings = _settings(device=device, precision=precision)
     drawings = output / f"drawings-{count}"
     _draw(drawings, count)
     specs = [
         make_spec(str(drawings / f"{task}.jsonl"), task, str(output / f"{task}-{count}"), model="demo")
         for task in DEMO_TASKS
     ]
-    summaries = _run_jobs(specs, workers, redis, device=device, precision=precision)
+    summaries = _run_jobs(specs, workers, redis, settings)
     _print_demo(specs, summaries)
     _leave(specs, summaries)
 
@@ -153,18 +164,16 @@ def given_options(given: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _run_jobs(
-    specs: "Sequence[JobSpec]", workers: int, redis: str | None, **settings: str | None
+    specs: "Sequence[JobSpec]", workers: int, redis: str | None, settings: "Settings"
 ) -> list[dict[str, Any]]:
     """The jobs' summaries, computed now or found. Raises BlipBatchError when one of them failed."""
     from .embedded import Embedded, finished_summary  # noqa: PLC0415
     from .errors import JobError  # noqa: PLC0415
     from .jobs import plan_to_go_on_with  # noqa: PLC0415
-    from .settings import load_settings  # noqa: PLC0415
 
-    loaded = load_settings(drain_seconds=os.environ.get("BLIP_DRAIN_SECONDS") or 5.0, **settings)
     for spec in specs:
-        plan_to_go_on_with(spec, loaded)
-    found = {spec.id: summary for spec in specs if (summary := finished_summary(spec, loaded)) is not None}
+        plan_to_go_on_with(spec, settings)
+    found = {spec.id: summary for spec in specs if (summary := finished_summary(spec, settings)) is not None}
     missing = [spec for spec in specs if spec.id not in found]
     for spec in specs:
         if spec.id in found:
@@ -172,13 +181,13 @@ def _run_jobs(
     if missing:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as tidily as on Ctrl-C
         try:
-            with Embedded(_preloading(loaded, missing), workers, redis) as system, _progress() as bars:
+            with Embedded(_preloading(settings, missing), workers, redis) as system, _progress() as bars:
                 states = system.run(missing, _Bars(bars, missing).update)
         except KeyboardInterrupt:
             typer.echo("Stopped. The same command goes on from here.", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         for spec, state in zip(missing, states, strict=True):
-            summary = finished_summary(spec, loaded)
+            summary = finished_summary(spec, settings)
             if summary is None:
                 error = state.error or {"code": state.status, "message": f"the job is {state.status}"}
                 raise JobError(error["code"], error["message"])

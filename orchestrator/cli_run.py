@@ -77,8 +77,11 @@ def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
 def _settings(**given: str | None) -> "Settings":
     from blip_engine.requests import check_words  # noqa: PLC0415
 
+    from .misspelt import misspelt  # noqa: PLC0415
     from .settings import load_settings  # noqa: PLC0415
 
+    for line in misspelt(os.environ):
+        typer.echo(f"Warning: {line}", err=True)
     settings = load_settings(drain_seconds=os.environ.get("BLIP_DRAIN_SECONDS") or 5.0, **given)
     check_words(settings.device, settings.precision)
     return settings

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
@@ -16,8 +17,10 @@ from .report import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROW_ERRORS, exi
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.progress import Task as Line
 
     from .contract import JobSpec, JobState
+    from .embedded import Embedded
     from .settings import Settings
 
 DEMO_TASKS: Final = ("caption", "vqa", "itm")
@@ -184,8 +187,8 @@ def _run_jobs(
     if missing:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as tidily as on Ctrl-C
         try:
-            with Embedded(_preloading(settings, missing), workers, redis) as system, _progress() as bars:
-                states = system.run(missing, _Bars(bars, missing).update)
+            with Embedded(_preloading(settings, missing), workers, redis) as system:
+                states = _seen_through(system, missing)
         except KeyboardInterrupt:
             typer.echo("Stopped. The same command goes on from here.", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -198,6 +201,16 @@ def _run_jobs(
     return [found[spec.id] for spec in specs]
 
 
+def _seen_through(system: "Embedded", specs: "Sequence[JobSpec]") -> "list[JobState]":
+    """The jobs' last states, with a progress bar until then."""
+    try:
+        with _progress() as bars:
+            return system.run(specs, _Bars(bars, specs).update)
+    except KeyboardInterrupt:  # the workers take seconds to end, and silence looks as if nobody had heard
+        typer.echo("stopping… what is nearly done is finished first; Ctrl-C again ends it at once", err=True)
+        raise
+
+
 def _preloading(settings: "Settings", specs: "Sequence[JobSpec]") -> "Settings":
     """So that the models are loaded while the jobs are planned."""
     from blip_engine.requests import checkpoints_of  # noqa: PLC0415
@@ -208,37 +221,40 @@ def _preloading(settings: "Settings", specs: "Sequence[JobSpec]") -> "Settings":
 
 def _progress() -> "Progress":
     from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: PLC0415
 
-    return Progress(
-        TextColumn("{task.description:8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:>12}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-    )
+    return Progress(  # no column has a width that it may not need: of 80, half are the note's while a model is loaded
+        TextColumn("{task.description:8}"), BarColumn(24), MofNCompleteColumn(),
+        TextColumn("{task.fields[pace]}{task.fields[note]}"), console=Console(stderr=True),
+    )  # fmt: skip
 
 
 class _Bars:
-    """One line for each job: rows done of all, rows/s, time left, errors."""
+    """One line for each job: rows done of all, rows/s, time left, errors; until the first row is done, the phase."""
 
     def __init__(self, progress: "Progress", specs: "Sequence[JobSpec]") -> None:
-        self._progress = progress
-        self._lines = [progress.add_task(spec.task, total=None, speed="", note="starting") for spec in specs]
+        self._progress, self._specs = progress, specs
+        self._lines = [progress.add_task(spec.task, total=None, pace="", note="starting workers") for spec in specs]
 
     def update(self, states: "list[JobState]", done: list[int]) -> None:
-        for line, state, rows in zip(self._lines, states, done, strict=True):
-            task = self._progress.tasks[line]
-            speed = task.finished_speed or task.speed
+        for line, spec, state, rows in zip(self._lines, self._specs, states, done, strict=True):
             self._progress.update(
-                line, total=state.total or None, completed=rows, speed=f"{speed:.1f} rows/s" if speed else "",
-                note=f"{state.failed} errors" if state.failed else _NOTES.get(state.status, ""),
+                line, total=state.total or None, completed=rows, pace=_pace(self._progress.tasks[line]),
+                note=_phase(spec, state, rows) or (f"{state.failed} errors" if state.failed else ""),
             )  # fmt: skip
 
 
-_NOTES: Final = {"validating": "planning", "finalizing": "verifying"}
+def _pace(line: "Line") -> str:
+    speed, left = line.finished_speed or line.speed, line.time_remaining
+    if not speed:
+        return ""
+    return f"{speed:,.1f} rows/s  " + (f"{timedelta(seconds=round(left))} left  " if left else "")
+
+
+def _phase(spec: "JobSpec", state: "JobState", rows: int) -> str:
+    if state.status == "in_progress" and rows <= state.restored:  # parts that were there before need no model
+        return "loading " + "+".join(name.rpartition("/")[2] for name in spec.model.split("+"))
+    return {"validating": "planning", "finalizing": "verifying"}.get(state.status, "")
 
 
 def _leave(specs: "Sequence[JobSpec]", summaries: Sequence[dict[str, Any]]) -> NoReturn:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -40,10 +42,10 @@ class Cli:
         }  # fmt: skip
         self.seen: set[psutil.Process] = set()
 
-    def start(self, *arguments: object) -> "subprocess.Popen[str]":
+    def start(self, *arguments: object, stderr: int = subprocess.PIPE) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             [sys.executable, "-m", "orchestrator.cli", *map(str, arguments)],
-            env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=self.environment, stdout=subprocess.PIPE, stderr=stderr, text=True,
         )  # fmt: skip
 
     def job(self, manifest: Path | str, *more: object) -> tuple[object, ...]:
@@ -185,6 +187,30 @@ def test_interrupted_and_resumed(cli: Cli, tmp_path: Path) -> None:
     assert code == 0, err
     expect_whole(tmp_path / "out", 200)
     assert {path: path.stat().st_ino for path in before} == before
+
+
+def test_the_bar_tells_what_is_waited_for_and_that_ctrl_c_was_heard(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "model" / "order:load slowly").touch()
+    master, slave = pty.openpty()
+    cli.environment |= {"TERM": "xterm", "COLUMNS": "80"}
+    process = cli.start(*cli.job(simple_job(tmp_path / "in", 20, prompt="order:slow")), stderr=slave)
+    os.close(slave)
+    seen, missing = "", ["starting workers", "0/20 loading model", "rows/s", "stopping…", "goes on from here"]
+    try:
+        while missing and (read := os.read(master, 4096)):
+            seen += re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", read.decode(errors="replace"))
+            cli.look(process)
+            while missing and missing[0] in seen:
+                if "loading" in missing[0]:
+                    (tmp_path / "model" / "order:load slowly").unlink()
+                if "rows/s" in missing[0]:
+                    process.send_signal(signal.SIGINT)
+                del missing[0]
+    except OSError:  # the process has closed the terminal
+        pass
+    assert not missing, seen
+    assert cli.finish(process)[0] == 130
+    os.close(master)
 
 
 def test_killed_and_resumed(cli: Cli, tmp_path: Path) -> None:

@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from .cli_run import Column, given_columns, given_options
+from .cli_run import (
+    ChunkRows,
+    Column,
+    Format,
+    MaxErrorRatio,
+    Model,
+    Option,
+    Results,
+    Tasks,
+    given_columns,
+    given_options,
+)
 from .report import EXIT_INTERRUPTED, exit_code, print_json, print_line
 
 if TYPE_CHECKING:
@@ -56,18 +67,18 @@ def _backend() -> "Iterator[Backend]":
 
 def submit(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
     manifest: Annotated[str, typer.Argument(help="s3:// URI, or a path that the orchestrator and the workers see.")],
-    task: Annotated[str, typer.Option(help="caption, vqa, itm, embed or capfilt.")],
+    task: Tasks,
     output: Annotated[str, typer.Option(help="s3:// prefix or folder for the results.")],
-    model: Annotated[
-        str | None, typer.Option(help="Hub repository[@revision], directory, or demo; capfilt takes CAPTIONER+FILTER.")
-    ] = None,
-    option: Annotated[list[str] | None, typer.Option(help="An option of the task, name=value; repeatable.")] = None,
-    manifest_format: Annotated[str | None, typer.Option("--format", help="Instead of detection.")] = None,
+    model: Model = None,
+    option: Option = None,
+    manifest_format: Format = None,
     column: Column = None,
-    weight: Annotated[float, typer.Option(help="Its share of the workers, against other jobs' weights.")] = 1.0,
-    chunk_rows: Annotated[int | None, typer.Option(help="Rows in each part.")] = None,
-    results: Annotated[str, typer.Option(help="jsonl, jsonl.gz or parquet: what the parts are written as.")] = "jsonl",
-    max_error_ratio: Annotated[float, typer.Option(help="Stop above it, after 1,000 rows.")] = 0.5,
+    weight: Annotated[
+        float, typer.Option(help="Its share of the workers, against other jobs' weights; above 0, at most 1,000.")
+    ] = 1.0,
+    chunk_rows: ChunkRows = None,
+    results: Results = "jsonl",
+    max_error_ratio: MaxErrorRatio = 0.5,
     wait: Annotated[bool, typer.Option("--wait", help="Until the job has ended; the exit code tells how.")] = False,
 ) -> None:
     """Send a job to the cluster, and print its id. The same command again goes on with the same job."""

@@ -26,6 +26,28 @@ if TYPE_CHECKING:
 DEMO_TASKS: Final = ("caption", "vqa", "itm")
 _SHOWN: Final = 4  # rows of each task in the demo's table
 
+# No square brackets with small letters in them: help takes them for markup, and leaves them out.
+Tasks = Annotated[str, typer.Option(help="caption, vqa, itm, embed or capfilt.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="owner/name on the hub (@revision pins it), directory, or demo; for capfilt CAPTIONER+FILTER. Default, by "
+        "task: Salesforce/ blip-image-captioning-base, blip-vqa-base, blip-itm-base-coco (itm, embed), the first and "
+        "the last (capfilt)."
+    ),
+]
+Option = Annotated[list[str] | None, typer.Option(help="An option of the task, name=value; repeatable.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="Of the manifest, instead of detection: jsonl, ground-truth, csv, tsv, s3-batch, s3-inventory, list, "
+        "parquet or folder.",
+    ),
+]
+ChunkRows = Annotated[int | None, typer.Option(min=1, max=10_000, help="Rows in each part; chosen if left out.")]
+Results = Annotated[str, typer.Option(help="jsonl, jsonl.gz or parquet: what the parts are written as.")]
+MaxErrorRatio = Annotated[float, typer.Option(min=0, max=1, help="Stop above it, after 1,000 rows.")]
 Workers = Annotated[int, typer.Option(min=1, max=64, help="Worker processes on this machine; each holds the model.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [BLIP_DEVICE].")]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16, or int8 on a CPU [BLIP_PRECISION].")]
@@ -43,18 +65,16 @@ def register(app: typer.Typer) -> None:
 
 def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
     manifest: Annotated[str, typer.Argument(help="A manifest file, or a folder of images; a path or s3:// URI.")],
-    task: Annotated[str, typer.Option(help="caption, vqa, itm, embed or capfilt.")],
+    task: Tasks,
     output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the results.")],
-    model: Annotated[
-        str | None, typer.Option(help="Hub repository[@revision], directory, or demo; capfilt takes CAPTIONER+FILTER.")
-    ] = None,
+    model: Model = None,
     workers: Workers = 1,
-    option: Annotated[list[str] | None, typer.Option(help="An option of the task, name=value; repeatable.")] = None,
-    manifest_format: Annotated[str | None, typer.Option("--format", help="Instead of detection.")] = None,
+    option: Option = None,
+    manifest_format: Format = None,
     column: Column = None,
-    chunk_rows: Annotated[int | None, typer.Option(min=1, max=10_000, help="Rows in each part.")] = None,
-    results: Annotated[str, typer.Option(help="jsonl, jsonl.gz or parquet: what the parts are written as.")] = "jsonl",
-    max_error_ratio: Annotated[float, typer.Option(min=0, max=1, help="Stop above it, after 1,000 rows.")] = 0.5,
+    chunk_rows: ChunkRows = None,
+    results: Results = "jsonl",
+    max_error_ratio: MaxErrorRatio = 0.5,
     retry: Annotated[
         bool, typer.Option("--retry", help="Do the rows that failed before again, and only them.")
     ] = False,

@@ -28,7 +28,8 @@ from .storage import Store, is_s3, open_store, refuse_other_uris, split_s3
 
 JOB_KEY: Final = "job.json"
 _LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
-_MODEL: Final = re.compile(r"demo|[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
+#: ./x and ../x are paths: no name on the hub begins with a dot.
+_MODEL: Final = re.compile(r"demo|(?!\.)[\w.-]+/(?!\.)[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
 def make_spec(  # noqa: PLR0913 - a job has as many arguments as options

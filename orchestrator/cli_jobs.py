@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from .backends import Backend, Change
 
+_LIST: Final = "{:<24} {:<11} {:<8} {:>19} {:>9} {:>14} {}"  # a line of `list`
 _ENDED: Final = frozenset({"completed", "failed", "cancelled"})  # contract.ENDED, without its imports
 
 
@@ -103,10 +104,12 @@ def list_(as_json: JsonFlag = False) -> None:
         return
     if not jobs:
         print_line("no jobs")
+        return
+    print_line(_LIST.format("job", "status", "task", "rows done", "failed", "speed", "output"))
     for job in jobs:
         counts = job["request_counts"]
-        done = f"{job['rows_done']:,}/{counts['total']:,}"
-        print_line(f"{job['id']:<24} {job['status']:<11} {job['task']:<8} {done:>19} {_speed(job):>14} {job['output']}")
+        done, failed = f"{job['rows_done']:,}/{counts['total']:,}", f"{counts['failed']:,}"
+        print_line(_LIST.format(job["id"], job["status"], job["task"], done, failed, _speed(job), job["output"]))
 
 
 def status(job: Job, as_json: JsonFlag = False) -> None:
@@ -205,15 +208,16 @@ def errors(
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print whole error records, one JSON object a line.")] = False,
 ) -> None:
-    """The rows that have failed so far, each with its code and message."""
+    """The rows that have failed so far, each with its code, image and message."""
     from .contract import to_line  # noqa: PLC0415
+    from .failures import told  # noqa: PLC0415
 
     with _backend() as backend:
         for number, record in enumerate(backend.errors(job), 1):
             if as_json:
                 sys.stdout.write(to_line(record).decode())
             else:
-                print_line(f"row {record['row']:<10} {record['error']['code']:<18} {record['error']['message']}")
+                print_line(f"row {record['row']:<10} {record['error']['code']:<18} {told(record)}")
             if number == limit:
                 return
 
@@ -245,6 +249,10 @@ def retry(
 ) -> None:
     """Do the rows that failed again, in a new round, merged into the same results."""
     with _backend() as backend:
+        view = backend.status(job)
+        if view["status"] == "completed" and not view["request_counts"]["failed"]:  # as `run --retry` has it
+            print_line(f"{job}: every row has a result; nothing to retry")
+            return
         begun = backend.retry(job)
         rows = "its rows are being counted" if begun.rows is None else f"{begun.rows} rows"
         print_line(f"{job} round {begun.round}: {rows}")

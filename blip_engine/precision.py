@@ -1,13 +1,12 @@
 """Which device and which number type a model runs on."""
 
 from collections.abc import Mapping
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Final, get_args
 
 import torch
 
 from .errors import OptionError
-
-Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+from .requests import Precision
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 
@@ -21,8 +20,14 @@ def choose_device(device: str) -> torch.device:
     except RuntimeError:
         raise OptionError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:1") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"device {device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise OptionError(f"device {device!r} is not here: {_seen(torch.cuda.device_count())}")
     return chosen
+
+
+def _seen(count: int) -> str:
+    if not count:
+        return "torch sees no CUDA device; use auto or cpu, or install the torch that is built for this GPU"
+    return f"torch sees {', '.join(f'cuda:{number}' for number in range(count))}; use one of these, or auto"
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

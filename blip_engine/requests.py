@@ -4,9 +4,10 @@ The orchestrator checks a job's options with `options_for` before any GPU is sta
 this one, may be imported by it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 from .errors import OptionError
 
@@ -31,6 +32,18 @@ DEFAULT_MODELS: Final[Mapping[Task, str]] = {
 }
 #: `--model demo` means the small checkpoints that ship in the package.
 DEMO_MODEL: Final = "demo"
+
+#: Number types that a model may run in; `precision` tells when which.
+Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+_DEVICE: Final = re.compile(r"auto|cpu|cuda(:\d+)?", re.ASCII)
+
+
+def check_words(device: str, precision: str) -> None:
+    """Raises OptionError for a device or a precision of no machine; whether one is here only torch can tell."""
+    if not _DEVICE.fullmatch(device):
+        raise OptionError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:1")
+    if precision not in get_args(Precision):
+        raise OptionError(f"precision {precision!r} is unknown; use one of {', '.join(get_args(Precision))}")
 
 
 def _require(name: str, holds: bool, rule: str, value: object) -> None:

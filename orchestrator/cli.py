@@ -2,7 +2,7 @@
 
 import sys
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from typer.main import get_command
@@ -11,20 +11,49 @@ from blip_engine.errors import BlipError
 
 from .cli_jobs import register_jobs
 from .cli_output import register_output
-from .cli_run import Column, given_columns, register
+from .cli_run import ChunkRows, Column, Format, given_columns, register
 from .collector import collect_rarely
 from .errors import BlipBatchError
 from .report import EXIT_FAILED, EXIT_INTERRUPTED, print_error, print_json, print_line
 
 if TYPE_CHECKING:
+    from typer.models import CommandInfo
+
     from .verify import Audit
 
-_SHOWN = 10  # problems of an audit
+_SHOWN: Final = 10  # problems of an audit
+#: The commands as `--help` lists them.
+_GROUPS: Final = {
+    "On this machine": ("demo", "run", "plan"),
+    "Jobs of a cluster": (
+        "submit", "list", "status", "watch", "errors", "pause", "resume", "cancel", "retry", "recover",
+    ),
+    "Results and models": ("verify", "export", "report", "convert"),
+    "Services of a cluster": ("orchestrator", "worker"),
+}  # fmt: skip
 app = typer.Typer(
     name="blip-batch",
     help="Caption, question and match images with BLIP: one command, correct files.",
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from blip_engine import __version__  # noqa: PLC0415
+
+        print_line(f"blip-batch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """What can be asked without a command."""
+
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -32,14 +61,12 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.
 @app.command()
 def plan(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
     manifest: Annotated[str, typer.Argument(help="Manifest file, folder or s3:// URI.")],
-    task: Annotated[str, typer.Option(help="Decides which rows are bad.")] = "caption",
-    manifest_format: Annotated[
-        str | None, typer.Option("--format", help="Instead of detection; a wrong one lists them all.")
-    ] = None,
+    task: Annotated[
+        str, typer.Option(help="caption, vqa, itm, embed or capfilt; decides which rows are bad.")
+    ] = "caption",
+    manifest_format: Format = None,
     column: Column = None,
-    chunk_rows: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="Rows in a chunk; chosen if left out.")
-    ] = None,
+    chunk_rows: ChunkRows = None,
     model: Annotated[str | None, typer.Option(help="As of `run`, for the estimate.")] = None,
     rows_per_second: Annotated[
         float | None,
@@ -122,6 +149,21 @@ def orchestrator(
 register(app)
 register_jobs(app)
 register_output(app)
+
+
+def _arrange(commands: "list[CommandInfo]") -> None:
+    """In the order and the groups of `_GROUPS`. Raises KeyError for a command that is in none."""
+    places = {name: (group, number) for group, names in _GROUPS.items() for number, name in enumerate(names)}
+    groups = list(_GROUPS)
+
+    def place(info: "CommandInfo") -> tuple[int, int]:
+        info.rich_help_panel, number = places[info.name or str(getattr(info.callback, "__name__", ""))]
+        return groups.index(info.rich_help_panel), number
+
+    commands.sort(key=place)
+
+
+_arrange(app.registered_commands)
 
 
 def main() -> None:

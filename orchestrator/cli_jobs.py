@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from .cli_run import Column, given_columns, given_options
+from .cli_run import (
+    ChunkRows,
+    Column,
+    Format,
+    MaxErrorRatio,
+    Model,
+    Option,
+    Results,
+    Tasks,
+    given_columns,
+    given_options,
+)
 from .report import EXIT_INTERRUPTED, exit_code, print_json, print_line
 
 if TYPE_CHECKING:
@@ -21,6 +32,7 @@ if TYPE_CHECKING:
 
     from .backends import Backend, Change
 
+_LIST: Final = "{:<24} {:<11} {:<8} {:>19} {:>9} {:>14} {}"  # a line of `list`
 _ENDED: Final = frozenset({"completed", "failed", "cancelled"})  # contract.ENDED, without its imports
 
 
@@ -56,18 +68,18 @@ def _backend() -> "Iterator[Backend]":
 
 def submit(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
     manifest: Annotated[str, typer.Argument(help="s3:// URI, or a path that the orchestrator and the workers see.")],
-    task: Annotated[str, typer.Option(help="caption, vqa, itm, embed or capfilt.")],
+    task: Tasks,
     output: Annotated[str, typer.Option(help="s3:// prefix or folder for the results.")],
-    model: Annotated[
-        str | None, typer.Option(help="Hub repository[@revision], directory, or demo; capfilt takes CAPTIONER+FILTER.")
-    ] = None,
-    option: Annotated[list[str] | None, typer.Option(help="An option of the task, name=value; repeatable.")] = None,
-    manifest_format: Annotated[str | None, typer.Option("--format", help="Instead of detection.")] = None,
+    model: Model = None,
+    option: Option = None,
+    manifest_format: Format = None,
     column: Column = None,
-    weight: Annotated[float, typer.Option(help="Its share of the workers, against other jobs' weights.")] = 1.0,
-    chunk_rows: Annotated[int | None, typer.Option(help="Rows in each part.")] = None,
-    results: Annotated[str, typer.Option(help="jsonl, jsonl.gz or parquet: what the parts are written as.")] = "jsonl",
-    max_error_ratio: Annotated[float, typer.Option(help="Stop above it, after 1,000 rows.")] = 0.5,
+    weight: Annotated[
+        float, typer.Option(help="Its share of the workers, against other jobs' weights; above 0, at most 1,000.")
+    ] = 1.0,
+    chunk_rows: ChunkRows = None,
+    results: Results = "jsonl",
+    max_error_ratio: MaxErrorRatio = 0.5,
     wait: Annotated[bool, typer.Option("--wait", help="Until the job has ended; the exit code tells how.")] = False,
 ) -> None:
     """Send a job to the cluster, and print its id. The same command again goes on with the same job."""
@@ -92,10 +104,12 @@ def list_(as_json: JsonFlag = False) -> None:
         return
     if not jobs:
         print_line("no jobs")
+        return
+    print_line(_LIST.format("job", "status", "task", "rows done", "failed", "speed", "output"))
     for job in jobs:
         counts = job["request_counts"]
-        done = f"{job['rows_done']:,}/{counts['total']:,}"
-        print_line(f"{job['id']:<24} {job['status']:<11} {job['task']:<8} {done:>19} {_speed(job):>14} {job['output']}")
+        done, failed = f"{job['rows_done']:,}/{counts['total']:,}", f"{counts['failed']:,}"
+        print_line(_LIST.format(job["id"], job["status"], job["task"], done, failed, _speed(job), job["output"]))
 
 
 def status(job: Job, as_json: JsonFlag = False) -> None:
@@ -194,15 +208,16 @@ def errors(
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print whole error records, one JSON object a line.")] = False,
 ) -> None:
-    """The rows that have failed so far, each with its code and message."""
+    """The rows that have failed so far, each with its code, image and message."""
     from .contract import to_line  # noqa: PLC0415
+    from .failures import told  # noqa: PLC0415
 
     with _backend() as backend:
         for number, record in enumerate(backend.errors(job), 1):
             if as_json:
                 sys.stdout.write(to_line(record).decode())
             else:
-                print_line(f"row {record['row']:<10} {record['error']['code']:<18} {record['error']['message']}")
+                print_line(f"row {record['row']:<10} {record['error']['code']:<18} {told(record)}")
             if number == limit:
                 return
 
@@ -234,6 +249,10 @@ def retry(
 ) -> None:
     """Do the rows that failed again, in a new round, merged into the same results."""
     with _backend() as backend:
+        view = backend.status(job)
+        if view["status"] == "completed" and not view["request_counts"]["failed"]:  # as `run --retry` has it
+            print_line(f"{job}: every row has a result; nothing to retry")
+            return
         begun = backend.retry(job)
         rows = "its rows are being counted" if begun.rows is None else f"{begun.rows} rows"
         print_line(f"{job} round {begun.round}: {rows}")

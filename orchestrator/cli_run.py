@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 
@@ -16,13 +17,37 @@ from .report import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROW_ERRORS, exi
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.progress import Task as Line
 
     from .contract import JobSpec, JobState
+    from .embedded import Embedded
     from .settings import Settings
 
 DEMO_TASKS: Final = ("caption", "vqa", "itm")
 _SHOWN: Final = 4  # rows of each task in the demo's table
 
+# No square brackets with small letters in them: help takes them for markup, and leaves them out.
+Tasks = Annotated[str, typer.Option(help="caption, vqa, itm, embed or capfilt.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="owner/name on the hub (@revision pins it), directory, or demo; for capfilt CAPTIONER+FILTER. Default, by "
+        "task: Salesforce/ blip-image-captioning-base, blip-vqa-base, blip-itm-base-coco (itm, embed), the first and "
+        "the last (capfilt)."
+    ),
+]
+Option = Annotated[list[str] | None, typer.Option(help="An option of the task, name=value; repeatable.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="Of the manifest, instead of detection: jsonl, ground-truth, csv, tsv, s3-batch, s3-inventory, list, "
+        "parquet or folder.",
+    ),
+]
+ChunkRows = Annotated[int | None, typer.Option(min=1, max=10_000, help="Rows in each part; chosen if left out.")]
+Results = Annotated[str, typer.Option(help="jsonl, jsonl.gz or parquet: what the parts are written as.")]
+MaxErrorRatio = Annotated[float, typer.Option(min=0, max=1, help="Stop above it, after 1,000 rows.")]
 Workers = Annotated[int, typer.Option(min=1, max=64, help="Worker processes on this machine; each holds the model.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [BLIP_DEVICE].")]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16, or int8 on a CPU [BLIP_PRECISION].")]
@@ -40,18 +65,16 @@ def register(app: typer.Typer) -> None:
 
 def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
     manifest: Annotated[str, typer.Argument(help="A manifest file, or a folder of images; a path or s3:// URI.")],
-    task: Annotated[str, typer.Option(help="caption, vqa, itm, embed or capfilt.")],
+    task: Tasks,
     output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the results.")],
-    model: Annotated[
-        str | None, typer.Option(help="Hub repository[@revision], directory, or demo; capfilt takes CAPTIONER+FILTER.")
-    ] = None,
+    model: Model = None,
     workers: Workers = 1,
-    option: Annotated[list[str] | None, typer.Option(help="An option of the task, name=value; repeatable.")] = None,
-    manifest_format: Annotated[str | None, typer.Option("--format", help="Instead of detection.")] = None,
+    option: Option = None,
+    manifest_format: Format = None,
     column: Column = None,
-    chunk_rows: Annotated[int | None, typer.Option(min=1, max=10_000, help="Rows in each part.")] = None,
-    results: Annotated[str, typer.Option(help="jsonl, jsonl.gz or parquet: what the parts are written as.")] = "jsonl",
-    max_error_ratio: Annotated[float, typer.Option(min=0, max=1, help="Stop above it, after 1,000 rows.")] = 0.5,
+    chunk_rows: ChunkRows = None,
+    results: Results = "jsonl",
+    max_error_ratio: MaxErrorRatio = 0.5,
     retry: Annotated[
         bool, typer.Option("--retry", help="Do the rows that failed before again, and only them.")
     ] = False,
@@ -62,23 +85,39 @@ def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
     """Do a whole job on this machine. The same command again goes on where it stopped."""
     from .jobs import make_spec  # noqa: PLC0415
 
+    settings = _settings(device=device, precision=precision)
     spec = make_spec(
         manifest, task, output, model=model, manifest_format=manifest_format, columns=given_columns(column),
         options=given_options(option), chunk_rows=chunk_rows, results=results, max_error_ratio=max_error_ratio,
     )  # fmt: skip
     if retry:
-        _retry(spec)
-    (summary,) = _run_jobs([spec], workers, redis, device=device, precision=precision)
+        _retry(spec, settings)
+    (summary,) = _run_jobs([spec], workers, redis, settings)
     _print_summary(spec, summary)
-    raise typer.Exit(_exit_code([summary]))
+    _leave([spec], [summary])
 
 
-def _retry(spec: "JobSpec") -> None:
-    from .jobs import plan_to_go_on_with  # noqa: PLC0415
-    from .lifecycle import next_round  # noqa: PLC0415
+def _settings(**given: str | None) -> "Settings":
+    from blip_engine.requests import check_words  # noqa: PLC0415
+
+    from .misspelt import misspelt  # noqa: PLC0415
     from .settings import load_settings  # noqa: PLC0415
 
-    plan = plan_to_go_on_with(spec, load_settings())
+    for line in misspelt(os.environ):
+        typer.echo(f"Warning: {line}", err=True)
+    settings = load_settings(drain_seconds=os.environ.get("BLIP_DRAIN_SECONDS") or 5.0, **given)
+    check_words(settings.device, settings.precision)
+    return settings
+
+
+def _retry(spec: "JobSpec", settings: "Settings") -> None:
+    from .jobs import plan_to_go_on_with, read_job  # noqa: PLC0415
+    from .lifecycle import next_round  # noqa: PLC0415
+    from .storage import open_store  # noqa: PLC0415
+
+    plan = plan_to_go_on_with(spec, settings)
+    if plan is None and read_job(open_store(spec.output, settings)) is None:  # a misspelt output would begin a new job
+        raise UsageError(f"--retry: {spec.output} holds no job; name the output of one, or leave --retry out")
     if plan is not None and (begun := next_round(plan)):
         typer.echo(f"Round {begun.round}: {begun.rows} rows without a result", err=True)
 
@@ -94,15 +133,16 @@ def demo(
     """Draw pictures, caption them, ask about them and match them, and say how often the model was right."""
     from .jobs import make_spec  # noqa: PLC0415
 
+    settings = _settings(device=device, precision=precision)
     drawings = output / f"drawings-{count}"
     _draw(drawings, count)
     specs = [
         make_spec(str(drawings / f"{task}.jsonl"), task, str(output / f"{task}-{count}"), model="demo")
         for task in DEMO_TASKS
     ]
-    summaries = _run_jobs(specs, workers, redis, device=device, precision=precision)
+    summaries = _run_jobs(specs, workers, redis, settings)
     _print_demo(specs, summaries)
-    raise typer.Exit(_exit_code(summaries))
+    _leave(specs, summaries)
 
 
 def worker() -> None:
@@ -140,8 +180,8 @@ def given_options(given: Sequence[str] | None) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for text in given or ():
         name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise UsageError(f"--option {text}: write name=value")
+        if not name or not equals or name in options:
+            raise UsageError(f"--option {text}: write name=value, each name once")
         try:
             options[name] = json.loads(value)
         except ValueError:  # a word
@@ -150,18 +190,16 @@ def given_options(given: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _run_jobs(
-    specs: "Sequence[JobSpec]", workers: int, redis: str | None, **settings: str | None
+    specs: "Sequence[JobSpec]", workers: int, redis: str | None, settings: "Settings"
 ) -> list[dict[str, Any]]:
     """The jobs' summaries, computed now or found. Raises BlipBatchError when one of them failed."""
     from .embedded import Embedded, finished_summary  # noqa: PLC0415
     from .errors import JobError  # noqa: PLC0415
     from .jobs import plan_to_go_on_with  # noqa: PLC0415
-    from .settings import load_settings  # noqa: PLC0415
 
-    loaded = load_settings(drain_seconds=os.environ.get("BLIP_DRAIN_SECONDS") or 5.0, **settings)
     for spec in specs:
-        plan_to_go_on_with(spec, loaded)
-    found = {spec.id: summary for spec in specs if (summary := finished_summary(spec, loaded)) is not None}
+        plan_to_go_on_with(spec, settings)
+    found = {spec.id: summary for spec in specs if (summary := finished_summary(spec, settings)) is not None}
     missing = [spec for spec in specs if spec.id not in found]
     for spec in specs:
         if spec.id in found:
@@ -169,18 +207,28 @@ def _run_jobs(
     if missing:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as tidily as on Ctrl-C
         try:
-            with Embedded(_preloading(loaded, missing), workers, redis) as system, _progress() as bars:
-                states = system.run(missing, _Bars(bars, missing).update)
+            with Embedded(_preloading(settings, missing), workers, redis) as system:
+                states = _seen_through(system, missing)
         except KeyboardInterrupt:
             typer.echo("Stopped. The same command goes on from here.", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         for spec, state in zip(missing, states, strict=True):
-            summary = finished_summary(spec, loaded)
+            summary = finished_summary(spec, settings)
             if summary is None:
                 error = state.error or {"code": state.status, "message": f"the job is {state.status}"}
                 raise JobError(error["code"], error["message"])
             found[spec.id] = summary
     return [found[spec.id] for spec in specs]
+
+
+def _seen_through(system: "Embedded", specs: "Sequence[JobSpec]") -> "list[JobState]":
+    """The jobs' last states, with a progress bar until then."""
+    try:
+        with _progress() as bars:
+            return system.run(specs, _Bars(bars, specs).update)
+    except KeyboardInterrupt:  # the workers take seconds to end, and silence looks as if nobody had heard
+        typer.echo("stopping… what is nearly done is finished first; Ctrl-C again ends it at once", err=True)
+        raise
 
 
 def _preloading(settings: "Settings", specs: "Sequence[JobSpec]") -> "Settings":
@@ -193,47 +241,62 @@ def _preloading(settings: "Settings", specs: "Sequence[JobSpec]") -> "Settings":
 
 def _progress() -> "Progress":
     from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: PLC0415
 
-    return Progress(
-        TextColumn("{task.description:8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:>12}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-    )
+    return Progress(  # no column has a width that it may not need: of 80, half are the note's while a model is loaded
+        TextColumn("{task.description:8}"), BarColumn(24), MofNCompleteColumn(),
+        TextColumn("{task.fields[pace]}{task.fields[note]}"), console=Console(stderr=True),
+    )  # fmt: skip
 
 
 class _Bars:
-    """One line for each job: rows done of all, rows/s, time left, errors."""
+    """One line for each job: rows done of all, rows/s, time left, errors; until the first row is done, the phase."""
 
     def __init__(self, progress: "Progress", specs: "Sequence[JobSpec]") -> None:
-        self._progress = progress
-        self._lines = [progress.add_task(spec.task, total=None, speed="", note="starting") for spec in specs]
+        self._progress, self._specs = progress, specs
+        self._lines = [progress.add_task(spec.task, total=None, pace="", note="starting workers") for spec in specs]
 
     def update(self, states: "list[JobState]", done: list[int]) -> None:
-        for line, state, rows in zip(self._lines, states, done, strict=True):
-            task = self._progress.tasks[line]
-            speed = task.finished_speed or task.speed
+        for line, spec, state, rows in zip(self._lines, self._specs, states, done, strict=True):
             self._progress.update(
-                line, total=state.total or None, completed=rows, speed=f"{speed:.1f} rows/s" if speed else "",
-                note=f"{state.failed} errors" if state.failed else _NOTES.get(state.status, ""),
+                line, total=state.total or None, completed=rows, pace=_pace(self._progress.tasks[line]),
+                note=_phase(spec, state, rows) or (f"{state.failed} errors" if state.failed else ""),
             )  # fmt: skip
 
 
-_NOTES: Final = {"validating": "planning", "finalizing": "verifying"}
+def _pace(line: "Line") -> str:
+    speed, left = line.finished_speed or line.speed, line.time_remaining
+    if not speed:
+        return ""
+    return f"{speed:,.1f} rows/s  " + (f"{timedelta(seconds=round(left))} left  " if left else "")
 
 
-def _exit_code(summaries: Sequence[dict[str, Any]]) -> int:
-    codes = {exit_code(summary["status"], summary["request_counts"]["failed"]) for summary in summaries}
-    return next((code for code in (EXIT_FAILED, EXIT_ROW_ERRORS) if code in codes), EXIT_OK)
+def _phase(spec: "JobSpec", state: "JobState", rows: int) -> str:
+    if state.status == "in_progress" and rows <= state.restored:  # parts that were there before need no model
+        return "loading " + "+".join(name.rpartition("/")[2] for name in spec.model.split("+"))
+    return {"validating": "planning", "finalizing": "verifying"}.get(state.status, "")
+
+
+def _leave(specs: "Sequence[JobSpec]", summaries: Sequence[dict[str, Any]]) -> NoReturn:
+    """Ends with the worst exit code. Raises JobError, which says why, for a job without a single result."""
+    from .failures import all_failed  # noqa: PLC0415
+    from .plan import load_plan  # noqa: PLC0415
+    from .settings import load_settings  # noqa: PLC0415
+    from .storage import open_store  # noqa: PLC0415
+
+    codes = []
+    for spec, summary in zip(specs, summaries, strict=True):
+        codes.append(exit_code(summary["status"], summary["request_counts"]["failed"]))
+        if codes[-1] == EXIT_FAILED and (plan := load_plan(open_store(spec.output), load_settings())) is not None:
+            raise all_failed(plan, summary["errors"], summary.get("round", 0))
+    raise typer.Exit(next((code for code in (EXIT_FAILED, EXIT_ROW_ERRORS) if code in codes), EXIT_OK))
 
 
 def _print_summary(spec: "JobSpec", summary: dict[str, Any]) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
+
+    from .failures import counted  # noqa: PLC0415
 
     counts, speed = summary["request_counts"], summary["images_per_second"]
     table = Table(title=f"{spec.task}: {summary['status']}", show_header=False, title_justify="left")
@@ -247,7 +310,7 @@ def _print_summary(spec: "JobSpec", summary: dict[str, Any]) -> None:
     console.print(table)
     print_line(f"results      {spec.output}/results/")  # outside of the table, which would fold them
     if counts["failed"]:
-        print_line(f"failed rows  {spec.output}/errors.jsonl")
+        print_line(f"failed rows  {spec.output}/errors.jsonl ({counted(summary['errors'])})")
 
 
 def _draw(folder: Path, count: int) -> None:

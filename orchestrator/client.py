@@ -312,8 +312,8 @@ class BlipBatch:
 
 
 def _whole(place: str) -> str:
-    """s3:// URIs as they are, paths made absolute; a slash at the end stays."""
-    if "://" in place:
+    """URIs as they are, also misspelt ones, which the server refuses; paths made absolute; a slash at the end stays."""
+    if "://" in place or place.lower().startswith("s3:"):
         return place
     path = os.path.abspath(os.path.expanduser(place))  # noqa: PTH100, PTH111
     return path + "/" if place.endswith("/") else path

@@ -28,6 +28,7 @@ from .errors import (
     StorageError,
     UsageError,
 )  # fmt: skip
+from .failures import all_failed, guard_errors
 from .finalizer import finalize
 from .jobs import claim_output, complete_job_record, known_plan
 from .lane import Lane
@@ -46,7 +47,6 @@ from .temporary import remove_left_behind
 from .work import Work
 
 MEMORY_LIMIT: Final = 0.7  # of Redis's maxmemory; nothing new is handed out above it
-GUARD_ROWS: Final = 1000  # max_error_ratio is looked at from so many rows on
 _STEP_SECONDS: Final = 2.0  # a job that takes longer is not waited for
 #: Jobs that are fed at once, and jobs that are planned or summed up at once. They mostly wait for their stores; a plan
 #: that is made holds some dozens of MB.
@@ -269,8 +269,8 @@ class Controller:
         return lane.start(spec.id, task)
 
     def _work(self, spec: JobSpec, state: JobState, this: Step) -> None:
-        _guard_errors(spec, state)
         work = self._work_of(spec, state)
+        guard_errors(spec, state, work.plan, self.ledger)
         if state.model is not None and spec.id not in self._recorded:
             complete_job_record(work.plan.store, work.plan, state)
             self._recorded.add(spec.id)
@@ -372,19 +372,8 @@ class Controller:
             return
         complete_job_record(plan.store, plan, state)
         if summary["status"] == "failed":
-            codes = ", ".join(f"{code}: {count}" for code, count in summary["errors"].items())
-            raise JobError("all_rows_failed", f"all {plan.rows} rows failed ({codes}); see {spec.output}/errors.jsonl")
+            raise all_failed(plan, summary["errors"], state.round)
         self.ledger.set_status(spec.id, "completed", epoch=epoch)
-
-
-def _guard_errors(spec: JobSpec, state: JobState) -> None:
-    done = state.completed + state.failed
-    if done >= GUARD_ROWS and state.failed > spec.max_error_ratio * done:
-        raise JobError(
-            "too_many_errors",
-            f"{state.failed} of the first {done} rows failed, more than max_error_ratio={spec.max_error_ratio:g}; look "
-            f"at {spec.output}/results, then retry, or raise the ratio and run again",
-        )
 
 
 def _error_code(error: BlipBatchError) -> str:

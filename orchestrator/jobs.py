@@ -25,10 +25,11 @@ from .plan import Plan, load_plan
 from .rounds import SUMMARY_KEY, round_key
 from .rows import checked_columns
 from .settings import Settings
-from .storage import Store, is_s3, open_store, split_s3
+from .storage import Store, is_s3, open_store, refuse_other_uris, split_s3
 
 JOB_KEY: Final = "job.json"
 _LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+#: ./x and ../x are paths: no name on the hub begins with a dot, or has two in a row.
 _MODEL: Final = re.compile(r"demo|(?!.*\.\.)\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
 
 
@@ -112,8 +113,7 @@ def _output(output: str, remote: Settings | None) -> str:
 
 
 def _local(text: str, what: str, remote: Settings | None) -> str:
-    if "://" in text:
-        raise UsageError(f"{what} {text}: only s3:// URIs and local paths can be used")
+    refuse_other_uris(text, f"{what} ")
     if not text or "\0" in text:
         raise UsageError(f"{what} {text!r} is not a path")
     if remote is not None:

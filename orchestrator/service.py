@@ -1,6 +1,7 @@
 """The orchestrator as a process: the control loop and the HTTP API until SIGTERM or Ctrl-C."""
 
 import logging
+import os
 import signal
 import threading
 from time import monotonic
@@ -10,6 +11,7 @@ from .api.server import ApiServer
 from .control import Controller
 from .errors import UsageError
 from .logs import LEVELS, configure
+from .misspelt import misspelt
 from .settings import Settings
 
 STALLED_SECONDS: Final = 120.0  # a job's part of a step is done in less, also while Redis or the store is away
@@ -20,6 +22,8 @@ def serve(settings: Settings, log_level: str = "info") -> None:
     if log_level not in LEVELS:
         raise UsageError(f"unknown log level {log_level!r}; the levels are: {', '.join(LEVELS)}")
     configure(log_level, settings.log_format)
+    for line in misspelt(os.environ):
+        logging.getLogger(__name__).warning("%s", line)
     stop = threading.Event()
     controller = Controller(settings)
     api = ApiServer(settings, lambda: ailing(controller))

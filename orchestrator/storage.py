@@ -249,8 +249,7 @@ def open_store(uri: str, settings: Settings | None = None) -> Store:
 
         bucket, prefix = split_s3(uri)
         return S3Store(bucket, prefix.strip("/"), settings or load_settings())
-    if "://" in uri:
-        raise UsageError(f"{uri}: only s3:// URIs and local paths can be used")
+    refuse_other_uris(uri)
     return LocalStore(Path(uri).absolute())
 
 
@@ -262,6 +261,12 @@ def open_object(uri: str, settings: Settings | None = None) -> tuple[Store, str]
 
 def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
+
+
+def refuse_other_uris(text: str, what: str = "") -> None:
+    """Raises UsageError for what is neither a local path nor ours: `s3:/bucket` would be a folder named `s3:`."""
+    if "://" in text or text.lower().startswith("s3:"):
+        raise UsageError(f"{what}{text}: only s3:// URIs and local paths can be used")
 
 
 def split_s3(uri: str) -> tuple[str, str]:

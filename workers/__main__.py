@@ -7,6 +7,7 @@ import sys
 from orchestrator import logs
 from orchestrator.collector import collect_rarely
 from orchestrator.errors import BlipBatchError
+from orchestrator.misspelt import misspelt
 from orchestrator.settings import load_settings
 
 from .children import die_with_parent
@@ -23,6 +24,8 @@ def main() -> int:
 
         settings = load_settings()
         logs.configure("info", settings.log_format)
+        for line in misspelt(os.environ):
+            logging.getLogger("workers").warning("%s", line)
         collect_rarely()
         return run_worker(settings)
     except ImportError as error:

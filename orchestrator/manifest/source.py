@@ -136,6 +136,8 @@ def open_manifest(
 ) -> Source:
     """The manifest's present version. Raises ManifestError when it cannot be read or is of no known format."""
     if is_folder(uri, given):
+        if given not in {None, "folder"}:
+            raise ManifestError(f"{uri} is read as folder, not as {given}; name a file in it, or leave --format out")
         if columns:
             raise ManifestError(f"{uri} is read as folder, which has no columns to rename; leave --column out")
         return Source(uri, open_store(uri, settings), "", "", 0, "folder")

@@ -6,14 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 from api import TOKEN, serving
 from servers import RedisServer, S3Server
 
-from orchestrator.contract import Hint, Row, result_row
+import blip_engine
+from blip_engine.requests import DEFAULT_MODELS, JOB_TASKS
+from orchestrator.cli import app
+from orchestrator.contract import FORMATS, RESULT_FORMATS, Hint, Row, result_row
 from orchestrator.jobs import claim_output, make_spec
 from orchestrator.ledger import Ledger
 from orchestrator.parts import part_key, put_part
@@ -22,6 +27,7 @@ from orchestrator.scheduling import speed_key
 from orchestrator.settings import Settings, load_settings
 from orchestrator.storage import open_store
 
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 HEAVY = {"torch", "numpy", "PIL", "boto3", "celery", "redis", "pydantic", "pyarrow", "transformers"}
 
 
@@ -51,6 +57,40 @@ def test_help_is_quick_and_names_every_command() -> None:
     for command in ("plan", "verify", "orchestrator", "run", "demo", "worker", "convert"):
         assert f" {command} " in done.stdout
     assert best <= 0.5
+
+
+def test_help_lists_what_a_newcomer_needs_first() -> None:
+    places = [blip_batch("--help").stdout.index(f" {name} ") for name in ("demo", "run", "plan", "submit", "worker")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_says_all_that_was_written(name: str) -> None:
+    """Also words in square brackets, which the terminal's markup may take for its own."""
+    out = " ".join(blip_batch(name, "--help", COLUMNS="1000").stdout.split())
+    command = COMMANDS[name]
+    texts = [command.help, *(getattr(parameter, "help", None) for parameter in command.params)]
+    assert not [text for text in texts if text and " ".join(text.split()) not in out]
+
+
+@pytest.mark.parametrize("name", ["run", "submit", "plan"])
+def test_help_lists_tasks_formats_and_defaults(name: str) -> None:
+    out = blip_batch(name, "--help", COLUMNS="1000").stdout
+    option = {line.split("--")[1].split()[0]: line for line in out.splitlines() if " --" in line}
+    assert all(word in option["task"] for word in JOB_TASKS)
+    assert all(word in option["format"] for word in FORMATS)
+    assert "1<=x<=10000" in option["chunk-rows"]
+    if name != "plan":
+        assert all(word in option["results"] for word in RESULT_FORMATS)
+        models = {part.rpartition("/")[2] for model in DEFAULT_MODELS.values() for part in model.split("+")}
+        assert all(word in option["model"] for word in models)
+        assert "0<=x<=1" in option["max-error-ratio"]
+
+
+def test_version() -> None:
+    done = blip_batch("--version")
+    assert (done.returncode, done.stdout) == (0, f"blip-batch {version('blip-batch')}\n")
+    assert blip_engine.__version__ == version("blip-batch")
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -162,7 +202,9 @@ def test_plan_of_a_manifest_on_s3(s3_server: S3Server) -> None:
         (["plan", "{tmp}/m.csv", "--workers", "10000000000"], "--workers"),
         (["plan", "/nonexistent", "--model", "no such"], "neither an existing directory nor a hub repository"),
         (["verify", "{tmp}"], "holds no job"),
+        (["plan", "{tmp}", "--format", "csv"], "is read as folder, not as csv"),
         (["verify", "gs://x"], "only s3://"),
+        (["verify", "s3:/x"], "only s3://"),
         (["orchestrator", "--redis-url", "http://x"], "BLIP_REDIS_URL"),
         (["orchestrator", "--log-level", "loud"], "unknown log level"),
     ],

@@ -30,8 +30,11 @@ def job(settings: Settings, controller: Controller, tmp_path: Path) -> str:
 
 
 def test_list_and_status(job: str, tmp_path: Path) -> None:
-    (line,) = blip_batch("list").stdout.splitlines()
-    assert line.split()[:4] == [job, "completed", "caption", "95/95"]
+    header, line = blip_batch("list").stdout.splitlines()
+    assert header.split() == ["job", "status", "task", "rows", "done", "failed", "speed", "output"]
+    assert line.split() == [job, "completed", "caption", "95/95", "10", str(tmp_path / "out")]
+    assert header.index("output") == line.index(str(tmp_path))
+    assert header.index("failed") + len("failed") == line.index(" 10 ") + len(" 10")
     (entry,) = json.loads(blip_batch("list", "--json").stdout)
     view = json.loads(blip_batch("status", job, "--json", BLIP_PRICE_PER_WORKER_HOUR="2").stdout)
     assert {name: view[name] for name in ("id", "status", "output")} == {
@@ -51,7 +54,7 @@ def test_list_and_status(job: str, tmp_path: Path) -> None:
 def test_errors(job: str) -> None:
     lines = blip_batch("errors", job).stdout.splitlines()
     assert len(lines) == 10
-    assert lines[0].split()[:3] == ["row", "3", "image_not_found"]
+    assert lines[0].split() == ["row", "3", "image_not_found", *["bad-3.png", "does", "not", "exist"]]
     records = [json.loads(line) for line in blip_batch("errors", job, "--json", "--limit", 3).stdout.splitlines()]
     assert [record["row"] for record in records] == [3, 13, 23]
     assert records[0]["error"]["code"] == "image_not_found"
@@ -73,6 +76,12 @@ def test_pause_resume_cancel_and_retry(settings: Settings, controller: Controlle
     assert blip_batch("resume", job).stdout == f"{job} resumed\n"
     state = advance(controller, job, ended, MiniWorker(settings))
     assert (state.status, state.round, state.failed) == ("completed", 1, 10)
+    for n in range(3, 95, 10):
+        (tmp_path / f"mended-bad-{n}.png").touch()
+    assert blip_batch("retry", job).stdout == f"{job} round 2: 10 rows\n"
+    assert advance(controller, job, ended, MiniWorker(settings)).failed == 0
+    done = blip_batch("retry", job, "--wait")
+    assert (done.returncode, done.stdout) == (0, f"{job}: every row has a result; nothing to retry\n")
 
 
 def test_what_is_not_known_or_cannot_be_reached_is_one_line(redis_server: RedisServer) -> None:

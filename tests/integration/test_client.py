@@ -180,7 +180,7 @@ def test_the_commands_over_http(url: str, settings: Settings, controller: Contro
     with at_work(controller, MiniWorker(settings)):
         waited = blip_batch(*given, "--wait")
     assert (waited.returncode, waited.stdout, waited.stderr) == (3, f"{job}\n", "")
-    (line,) = blip_batch("list").stdout.splitlines()
+    _, line = blip_batch("list").stdout.splitlines()
     assert line.split()[:4] == [job, "completed", "caption", "25/25"]
     view = json.loads(blip_batch("status", job, "--json").stdout)
     assert (view["options"], view["weight"], view["errors"]) == ({"num_beams": 1}, 2, {"image_not_found": 3})

@@ -1,6 +1,7 @@
 """Whole jobs without a model: real Redis, real storage, a real queue."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -89,7 +90,10 @@ def test_all_rows_failed_is_failed(settings: Settings, controller: Controller, t
     assert state.status == "failed"
     assert state.error is not None
     assert state.error["code"] == "all_rows_failed"
-    assert "image_not_found: 12" in state.error["message"]
+    assert state.error["message"] == (
+        "all 12 rows failed (image_not_found 12); the first: row 0 bad-0.png does not exist; see "
+        f"{tmp_path}/out/errors.jsonl"
+    )
     assert len((tmp_path / "out/errors.jsonl").read_text().splitlines()) == 12
 
 
@@ -102,6 +106,9 @@ def test_too_many_errors_stop_a_job_after_a_thousand_rows(
     assert state.status == "failed"
     assert state.error is not None
     assert state.error["code"] == "too_many_errors"
+    says = state.error["message"]
+    assert f"rows failed (image_not_found {state.failed:,}), more than max_error_ratio=0.5; the first: row " in says
+    assert re.search(r"the first: row (\d+) bad-\1.png does not exist; mend that and retry, or raise the ratio", says)
     assert 1000 <= state.completed + state.failed < 3000
     # The same work with a higher limit goes on from what there is.
     spec = caption_spec(manifest, tmp_path / "out", chunk_rows=100, max_error_ratio=0.8)

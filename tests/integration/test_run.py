@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +16,15 @@ import pytest
 from system import TESTS, colour, records, simple_job, write_images, write_rows
 
 from orchestrator.cli_run import given_options
+from orchestrator.contract import Hint, Row, error_row
 from orchestrator.embedded import _redis_binary
 from orchestrator.errors import UsageError
+from orchestrator.failures import all_failed
+from orchestrator.jobs import make_spec
+from orchestrator.parts import put_part
+from orchestrator.plan import make_plan
+from orchestrator.settings import load_settings
+from orchestrator.storage import open_store
 from orchestrator.verify import verify
 
 
@@ -27,15 +36,16 @@ class Cli:
         (folder / "tmp").mkdir()
         (folder / "model").mkdir()
         self.environment = {
-            **os.environ, "BLIP_ENGINE": "dry_engine:Engine", "PYTHONPATH": str(TESTS), "TMPDIR": str(folder / "tmp"),
+            **os.environ, "BLIP_ENGINE": "dry_engine:Engine", "TMPDIR": str(folder / "tmp"),
+            "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",  # this tree's, wherever a test goes
             "BLIP_LEASE_SECONDS": "3", "BLIP_RENEW_SECONDS": "0.5", "BLIP_RECONCILE_SECONDS": "0.3",
         }  # fmt: skip
         self.seen: set[psutil.Process] = set()
 
-    def start(self, *arguments: object) -> "subprocess.Popen[str]":
+    def start(self, *arguments: object, stderr: int = subprocess.PIPE) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             [sys.executable, "-m", "orchestrator.cli", *map(str, arguments)],
-            env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=self.environment, stdout=subprocess.PIPE, stderr=stderr, text=True,
         )  # fmt: skip
 
     def job(self, manifest: Path | str, *more: object) -> tuple[object, ...]:
@@ -117,7 +127,7 @@ def test_row_errors_have_their_own_exit_code(cli: Cli, tmp_path: Path) -> None:
     code, out, _ = cli.run(*cli.job(write_rows(tmp_path / "in" / "rows.jsonl", rows)))
     assert code == 3
     assert "image_not_found" in out
-    assert "errors.jsonl" in out
+    assert f"failed rows  {tmp_path}/out/errors.jsonl (image_not_found 1)\n" in out
 
 
 def test_failed_rows_are_a_manifest_wherever_they_lie(cli: Cli, tmp_path: Path) -> None:
@@ -139,9 +149,27 @@ def test_failed_rows_are_a_manifest_wherever_they_lie(cli: Cli, tmp_path: Path) 
 
 def test_a_job_whose_rows_all_fail_has_failed(cli: Cli, tmp_path: Path) -> None:
     manifest = write_rows(tmp_path / "rows.jsonl", [{"image": "absent.png"}])
-    code, _, err = cli.run(*cli.job(manifest))
-    assert code == 1
-    assert "Traceback" not in err
+    for _ in range(2):  # the second time it is found as it is
+        code, out, err = cli.run(*cli.job(manifest))
+        assert code == 1
+        assert err.splitlines()[-1] == (
+            f"Error: all 1 rows failed (image_not_found 1); the first: row 0 {tmp_path}/absent.png: No such file or "
+            f"directory; see {tmp_path}/out/errors.jsonl"
+        )
+        assert "caption: failed" in out
+
+
+def test_an_example_names_its_image_and_is_left_out_where_there_is_none(tmp_path: Path) -> None:
+    manifest = write_rows(tmp_path / "rows.jsonl", [{"image": "https://a/b.png"}])
+    spec = make_spec(str(manifest), "caption", str(tmp_path / "out"), model="demo")
+    plan = make_plan(spec, open_store(spec.output), load_settings())
+    codes = {"uri_not_allowed": 1100, "crashed": 4}
+    assert str(all_failed(plan, codes, 0)) == (
+        f"all 1 rows failed (uri_not_allowed 1,100, crashed 4); see {tmp_path}/out/errors.jsonl"
+    )
+    row = Row(0, "https://a/b.png", None, ("",), False, {})
+    put_part(plan.store, Hint.of(spec.id, plan.hash, plan.chunk(0)), [error_row(row, "caption", "crashed", "so")], "w")
+    assert "; the first: row 0 https://a/b.png: so; see" in str(all_failed(plan, codes, 0))
 
 
 def test_interrupted_and_resumed(cli: Cli, tmp_path: Path) -> None:
@@ -159,6 +187,30 @@ def test_interrupted_and_resumed(cli: Cli, tmp_path: Path) -> None:
     assert code == 0, err
     expect_whole(tmp_path / "out", 200)
     assert {path: path.stat().st_ino for path in before} == before
+
+
+def test_the_bar_tells_what_is_waited_for_and_that_ctrl_c_was_heard(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "model" / "order:load slowly").touch()
+    master, slave = pty.openpty()
+    cli.environment |= {"TERM": "xterm", "COLUMNS": "80"}
+    process = cli.start(*cli.job(simple_job(tmp_path / "in", 20, prompt="order:slow")), stderr=slave)
+    os.close(slave)
+    seen, missing = "", ["starting workers", "0/20 loading model", "rows/s", "stopping…", "goes on from here"]
+    try:
+        while missing and (read := os.read(master, 4096)):
+            seen += re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", read.decode(errors="replace"))
+            cli.look(process)
+            while missing and missing[0] in seen:
+                if "loading" in missing[0]:
+                    (tmp_path / "model" / "order:load slowly").unlink()
+                if "rows/s" in missing[0]:
+                    process.send_signal(signal.SIGINT)
+                del missing[0]
+    except OSError:  # the process has closed the terminal
+        pass
+    assert not missing, seen
+    assert cli.finish(process)[0] == 130
+    os.close(master)
 
 
 def test_killed_and_resumed(cli: Cli, tmp_path: Path) -> None:
@@ -194,10 +246,17 @@ def test_a_worker_that_dies_is_replaced(cli: Cli, tmp_path: Path) -> None:
         (["rows.jsonl", "--model", "absent"], "absent': no such directory"),
         (["rows.jsonl", "--option", "beams=3"], "task 'caption' has no option 'beams'; it has: num_beams"),
         (["rows.jsonl", "--option", "num_beams"], "--option num_beams: write name=value"),
+        (["rows.jsonl", "--option", "num_beams=3", "--option", "num_beams=4"], "write name=value, each name once"),
         (["rows.jsonl", "--output", "rows.jsonl"], "output rows.jsonl is a file"),
+        (["rows.jsonl", "--output", "s3:/bucket/x"], "output s3:/bucket/x: only s3:// URIs and local paths"),
+        (["rows.jsonl", "--output", "S3:bucket"], "output S3:bucket: only s3:// URIs and local paths"),
+        (["s3:/bucket/rows.jsonl"], "manifest s3:/bucket/rows.jsonl: only s3:// URIs and local paths"),
+        ([".", "--format", "csv"], "is read as folder, not as csv; name a file in it, or leave --format out"),
         (["rows.jsonl", "--output", "/proc/out"], "/proc/out"),
         (["rows.jsonl", "--redis", "/nowhere/redis-server"], "Redis server /nowhere/redis-server: no such program"),
-        (["rows.jsonl", "--device", "broken"], "the engine cannot start: RuntimeError('no such device')"),
+        (["rows.jsonl", "--device", "gpu"], "device 'gpu' is unknown; use auto, cpu, cuda or cuda:1"),
+        (["rows.jsonl", "--precision", "fp8"], "precision 'fp8' is unknown; use one of auto, fp32, bf16, fp16, int8"),
+        (["rows.jsonl", "--device", "cuda:99"], "the engine cannot start: RuntimeError('no such device')"),
         (["rows.jsonl", "--workers", "0"], "--workers"),
     ],
 )
@@ -241,7 +300,11 @@ def test_the_same_command_with_retry_does_the_failed_rows_again(cli: Cli, tmp_pa
     cli.environment["BLIP_MODELS"] = "owner/other"  # of the machine's worker in a cluster: does not concern `run`
     manifest = simple_job(tmp_path / "in", 30)
     (tmp_path / "in" / "7.png").rename(tmp_path / "in" / "gone.png")
-    code, _, err = cli.run(*cli.job(manifest, "--retry"))  # nothing to do again yet
+    code, _, err = cli.run(*cli.job(manifest, "--retry"))  # of what? The output may be misspelt
+    assert code == 1
+    assert f"Error: --retry: {tmp_path}/out holds no job" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = cli.run(*cli.job(manifest))
     assert code == 3, err
     (tmp_path / "in" / "gone.png").rename(tmp_path / "in" / "7.png")
     code, _, err = cli.run(*cli.job(manifest))

@@ -364,7 +364,7 @@ class TestLife:
         ("given", "fault"),
         [
             ({"device": "gpu"}, "device 'gpu' is unknown"),
-            ({"device": "cuda:99"}, "device 'cuda:99' is not here: torch sees"),
+            ({"device": "cuda:99"}, r"device 'cuda:99' is not here: torch sees .*; use "),
             ({"precision": "int4"}, "precision 'int4' is unknown; use one of auto, fp32"),
         ],
     )

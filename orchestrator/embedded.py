@@ -31,7 +31,7 @@ from .jobs import check_owner, submit
 from .ledger import Ledger
 from .pace import Pace
 from .plan import load_plan
-from .rounds import load_rounds
+from .rounds import is_whole, load_rounds
 from .settings import Settings, load_settings
 from .storage import open_store
 
@@ -220,7 +220,7 @@ class Embedded:
 
 
 def finished_summary(spec: JobSpec, settings: Settings) -> dict[str, Any] | None:
-    """The summary of a job whose output is complete already, its last round included.
+    """The summary of a job whose output is complete already, its last round included, and has all of its parts.
 
     Raises UsageError when the output is of other work.
     """
@@ -234,7 +234,8 @@ def finished_summary(spec: JobSpec, settings: Settings) -> dict[str, Any] | None
         summary = read_summary(plan)
     except JobError:  # damaged: the job, whose parts are all there, writes it again
         return None
-    return summary if summary.get("round", 0) == len(load_rounds(plan)) else None
+    rounds = load_rounds(plan)
+    return summary if summary.get("round", 0) == len(rounds) and is_whole(plan, rounds) else None
 
 
 def _as_environment(settings: Settings) -> Mapping[str, str]:

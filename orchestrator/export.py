@@ -13,6 +13,7 @@ from blip_engine.requests import Task
 from .encoding import CsvWriter, LinesWriter, ParquetWriter, RecordWriter, embedding_size
 from .errors import JobError, ObjectNotFound, StorageError, UsageError
 from .jobs import read_job
+from .parts import REDO
 from .plan import Plan, load_plan
 from .rounds import latest_records
 from .settings import Settings, load_settings
@@ -62,7 +63,7 @@ def records_of(plan: Plan) -> Iterator[dict[str, Any]]:
     try:
         yield from latest_records(plan)
     except ObjectNotFound as error:
-        raise JobError("incomplete", f"{error}: the job is not complete; let it finish, then export") from None
+        raise JobError("incomplete", f"{error}; let the job finish; if it had, {REDO}") from None
 
 
 def _blocks(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -109,6 +109,11 @@ def test_a_job_and_then_the_same_command(cli: Cli, tmp_path: Path) -> None:
     assert (code, again) == (0, out)
     assert "complete already" in err
     assert not cli.seen  # nothing had to be started
+    (tmp_path / "out/results/part-00000000.jsonl").unlink()
+    code, _, err = cli.run(*cli.job(manifest, "--workers", 2))
+    assert code == 0, err
+    assert "complete already" not in err
+    expect_whole(tmp_path / "out", 100)
 
 
 def test_row_errors_have_their_own_exit_code(cli: Cli, tmp_path: Path) -> None:

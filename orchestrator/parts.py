@@ -18,6 +18,7 @@ _KEY: Final = re.compile(r"(?:results|rounds/[1-9]\d*)/part-(\d{8,})(\.jsonl|\.j
 _FORMATS: Final[dict[str, ResultFormat]] = {suffix: results for results, suffix in SUFFIXES.items()}
 #: What brings the rows of a part back that is gone.
 REDO: Final = "run the job again, or `blip-batch retry JOB` in a cluster, for its rows"
+ALTERED: Final = f"its checksum is not the one in summary.json; delete this part, then {REDO}"
 _FIELDS: Final = {"row", "id", "image", "task", "result", "error", "input"}
 _TYPES: Final[dict[str, Any]] = {
     "row": int, "image": str | None, "result": dict | None, "error": dict | None, "input": dict,

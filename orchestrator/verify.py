@@ -7,7 +7,7 @@ from typing import Any, Final
 from .contract import Chunk
 from .errors import JobError, ObjectNotFound, UsageError
 from .finalizer import Totals, read_summary
-from .parts import PREFIX, REDO, PartError, PartInfo, chunk_of, part_prefix
+from .parts import ALTERED, PREFIX, REDO, PartError, PartInfo, chunk_of, part_prefix
 from .plan import Plan, load_plan
 from .rounds import MergedChunk, PartMissing, Round, each_chunk, load_rounds, merged_chunk, round_key, wanted_key
 from .settings import Settings, load_settings
@@ -122,7 +122,7 @@ def _audit_summary(plan: Plan, totals: Totals, audit: Audit) -> None:
     written = {part["key"]: part["sha256"] for part in summary["parts"]}
     for key, part in totals.parts:
         if written.get(key) != part.sha256:
-            audit.report(f"{key}: its checksum is not the one in summary.json; delete this part, then {REDO}")
+            audit.report(f"{key}: {ALTERED}")
     counts = {"total": totals.rows, "completed": totals.rows - totals.failed, "failed": totals.failed}
     if summary["request_counts"] != counts:
         audit.report(f"summary.json counts {summary['request_counts']}, the parts hold {counts}")

@@ -1,6 +1,7 @@
 """The audit of an output: what is damaged is told in one line, whatever it is."""
 
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,21 @@ def test_parts_that_are_gone_are_done_again(
     assert finished_summary(spec, settings) is not None
 
 
+def test_a_part_that_was_altered_is_not_exported(
+    settings: Settings, controller: Controller, job: JobSpec, tmp_path: Path
+) -> None:
+    part = tmp_path / "out/results/part-00000001.jsonl"
+    part.write_bytes(part.read_bytes().replace(b"img-14.png", b"IMG-14.png"))
+    says = f"{part}: its checksum is not the one in summary.json; delete this part, then {REDO}"
+    with pytest.raises(JobError, match=f"^{re.escape(says)}$"):
+        export(job.output, str(tmp_path / "all.jsonl"))
+    assert verify(job.output).problems == [says.removeprefix(f"{tmp_path}/out/")]
+    assert not (tmp_path / "all.jsonl").exists()
+    part.unlink()
+    advance(controller, submit(controller.ledger, job, settings), ended, MiniWorker(settings))
+    assert export(job.output, str(tmp_path / "all.jsonl")).rows == 30
+
+
 def test_retry_does_the_rows_of_parts_that_are_gone(
     settings: Settings, controller: Controller, job: JobSpec, tmp_path: Path
 ) -> None:
@@ -177,7 +193,8 @@ def test_a_record_that_is_none_fails_the_job_with_the_part_s_name(
 
     def damaged(state: Any) -> bool:
         if path.exists() and b'"error":null' in path.read_bytes():
-            path.write_bytes(path.read_bytes().replace(b'"error":null', b'"error":"none"', 1))
+            (tmp_path / "part").write_bytes(path.read_bytes().replace(b'"error":null', b'"error":"none"', 1))
+            (tmp_path / "part").replace(path)  # at once: it may be read meanwhile
         return bool(ended(state))
 
     state = advance(controller, job, damaged, worker)

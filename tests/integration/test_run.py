@@ -142,6 +142,15 @@ def test_failed_rows_are_a_manifest_wherever_they_lie(cli: Cli, tmp_path: Path) 
     assert (record["id"], record["input"]["k"], record["result"]["caption"]) == (2, 2, colour(2))
 
 
+def test_what_would_let_refused_rows_be_read_is_said_once(cli: Cli, tmp_path: Path) -> None:
+    write_images(tmp_path / "in", 2)
+    rows = [{"image": image} for image in ("0.png", "s3://photos/1.png", "s3://photos/2.png", "gone.png")]
+    code, _, err = cli.run(*cli.job(write_rows(tmp_path / "in" / "rows.jsonl", rows)))
+    assert code == 3
+    assert err.count("BLIP_ALLOWED_BUCKETS") == 1
+    assert "Hint: row 1: s3://photos/1.png: add photos to BLIP_ALLOWED_BUCKETS to read from it; then repeat the" in err
+
+
 def test_a_job_whose_rows_all_fail_has_failed(cli: Cli, tmp_path: Path) -> None:
     manifest = write_rows(tmp_path / "rows.jsonl", [{"image": "absent.png"}])
     code, _, err = cli.run(*cli.job(manifest))

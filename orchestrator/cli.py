@@ -90,9 +90,10 @@ def plan(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
 
 
 def _print_plan(report: dict[str, Any]) -> None:
+    codes = ", ".join(f"{code}: {count}" for code, count in report["bad_codes"].items())
     for name in ("manifest", "format", "compression", "rows", "bad_rows", "chunks", "chunk_rows"):
         if report[name] is not None:
-            print_line(f"{name:<12}{report[name]}")
+            print_line(f"{name:<12}{report[name]}{f' ({codes})' if name == 'bad_rows' and codes else ''}")
     for name, count in report["skipped"].items():
         print_line(f"{'skipped':<12}{count} {name}")
     for name, value in (report["estimate"] or {}).items():

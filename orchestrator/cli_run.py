@@ -193,7 +193,7 @@ def _run_jobs(
     specs: "Sequence[JobSpec]", workers: int, redis: str | None, settings: "Settings"
 ) -> list[dict[str, Any]]:
     """The jobs' summaries, computed now or found. Raises BlipBatchError when one of them failed."""
-    from .embedded import Embedded, finished_summary  # noqa: PLC0415
+    from .embedded import Embedded, advice, finished_summary  # noqa: PLC0415
     from .errors import JobError  # noqa: PLC0415
     from .jobs import plan_to_go_on_with  # noqa: PLC0415
 
@@ -214,6 +214,8 @@ def _run_jobs(
             raise typer.Exit(EXIT_INTERRUPTED) from None
         for spec, state in zip(missing, states, strict=True):
             summary = finished_summary(spec, settings)
+            if state.failed and (hint := advice(spec, settings)):
+                typer.echo(f"Hint: {hint}", err=True)
             if summary is None:
                 error = state.error or {"code": state.status, "message": f"the job is {state.status}"}
                 raise JobError(error["code"], error["message"])

@@ -1,13 +1,15 @@
 """What `blip-batch plan` tells: a manifest read to its end, and nothing written."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from blip_engine.requests import JOB_TASKS, Task
 
-from .contract import FORMATS, BadRow, Chunk, ManifestFormat, Row
-from .errors import BlipBatchError, UsageError
+from .contract import FORMATS, BadRow, Chunk, ErrorCode, ManifestFormat, Row
+from .errors import BlipBatchError, FetchError, UsageError
+from .fetch import ImagePolicy
 from .jobs import manifest_uri, models_of
 from .manifest import Source, open_manifest, staged, stored_rows
 from .plan import Draft, draft_plan
@@ -54,41 +56,55 @@ def _read(
     columns: Mapping[str, str], settings: Settings,
 ) -> dict[str, Any]:  # fmt: skip
     source = open_manifest(manifest_uri(manifest), manifest_format, settings, checked_columns(columns))
+    images = ImagePolicy.of(source.uri, source.format == "folder", settings)
     if not source.staged:
-        return _report(source, source, chunk_rows, task, {})
+        return _report(source, source, chunk_rows, task, {}, images)
     with staged(source, settings) as rows:
         lines = stored_rows(source, *open_object(str(rows.path), settings))
-        return _report(source, lines, chunk_rows, task, rows.skipped)
+        return _report(source, lines, chunk_rows, task, rows.skipped, images)
 
 
 def _report(
-    source: Source, lines: Source, chunk_rows: int | None, task: Task, skipped: Mapping[str, int]
+    source: Source, lines: Source, chunk_rows: int | None, task: Task, skipped: Mapping[str, int], images: ImagePolicy
 ) -> dict[str, Any]:
     draft = draft_plan(source, lines, chunk_rows)
     first: list[Row] = []
     bad: list[BadRow] = []
-    bad_rows = 0
-    for row in _rows(draft, lines, task):
+    codes = Counter[str]()
+    for row in _rows(draft, lines, task, images):
         if isinstance(row, BadRow):
-            bad_rows += 1
-            bad = bad if len(bad) == _SHOWN else [*bad, row]
+            codes[row.code] += 1
+            if len(bad) < _SHOWN or codes[row.code] == 1:
+                bad.append(row)
         elif len(first) < _SHOWN:
             first.append(row)
     return {
         "manifest": source.uri, "format": source.format, "compression": source.compression,
-        "rows": draft.header["rows"], "bad_rows": bad_rows, "skipped": dict(skipped),
+        "rows": draft.header["rows"], "bad_rows": codes.total(), "bad_codes": dict(codes.most_common()),
+        "skipped": dict(skipped),
         "chunks": draft.header["chunks"], "chunk_rows": draft.header["chunk_rows"],
         "first_rows": [{"row": row.number, "id": row.id, "image": row.image, "texts": row.texts} for row in first],
         "first_bad_rows": [{"row": row.number, "code": row.code, "message": row.message} for row in bad],
     }  # fmt: skip
 
 
-def _rows(draft: Draft, lines: Source, task: Task) -> Iterator[Row | BadRow]:
+def _rows(draft: Draft, lines: Source, task: Task, images: ImagePolicy) -> Iterator[Row | BadRow]:
+    """Every row; one whose image may not be read, as far as its name tells, is bad here."""
     first_row = 0
     for number, (start, end, rows) in enumerate(zip(draft.starts, draft.ends, draft.rows, strict=True)):
         data = lines.store.get(lines.key, start, end, etag=lines.etag)
-        yield from parse_rows(data, Chunk(number, start, end, first_row, rows), task, lines.format, lines.columns)
+        known = dict[str, str]()
+        for row in parse_rows(data, Chunk(number, start, end, first_row, rows), task, lines.format, lines.columns):
+            yield row if isinstance(row, BadRow) else _placed(row, images, known)
         first_row += rows
+
+
+def _placed(row: Row, images: ImagePolicy, known: dict[str, str]) -> Row | BadRow:
+    try:
+        images.resolve(row.image, known, links=False)  # a look at every file would take hours on a slow disk
+    except FetchError as error:
+        return BadRow(row.number, cast("ErrorCode", error.code), str(error), row.image, row.id, row.passthrough)
+    return row
 
 
 def estimate(rows: int, rows_per_second: float, workers: int, cost_per_hour: float | None) -> dict[str, Any]:

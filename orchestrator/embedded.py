@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -31,12 +32,13 @@ from .jobs import check_owner, submit
 from .ledger import Ledger
 from .pace import Pace
 from .plan import load_plan
-from .rounds import load_rounds
+from .rounds import failures_by_chunk, is_whole, load_rounds
 from .settings import Settings, load_settings
 from .storage import open_store
 
 _our_log = logging.getLogger(__package__)
 
+_MOST_LOOKED_AT: Final = 200  # parts with failed rows
 _MOST_PAUSE: Final = 1.0  # seconds between two looks at the jobs
 _REDIS_START_SECONDS: Final = 10.0
 _CONTROL_STOP_SECONDS: Final = 15.0  # the control loop may wait for an answer of its store
@@ -220,7 +222,7 @@ class Embedded:
 
 
 def finished_summary(spec: JobSpec, settings: Settings) -> dict[str, Any] | None:
-    """The summary of a job whose output is complete already, its last round included.
+    """The summary of a job whose output is complete already, its last round included, and has all of its parts.
 
     Raises UsageError when the output is of other work.
     """
@@ -234,7 +236,18 @@ def finished_summary(spec: JobSpec, settings: Settings) -> dict[str, Any] | None
         summary = read_summary(plan)
     except JobError:  # damaged: the job, whose parts are all there, writes it again
         return None
-    return summary if summary.get("round", 0) == len(load_rounds(plan)) else None
+    rounds = load_rounds(plan)
+    return summary if summary.get("round", 0) == len(rounds) and is_whole(plan, rounds) else None
+
+
+def advice(spec: JobSpec, settings: Settings) -> str | None:
+    """What lets the first row be read that was refused for its image's place; None: the first parts have none."""
+    plan = load_plan(open_store(spec.output, settings), settings)
+    bad = (failures for _, failures in failures_by_chunk(plan) if failures) if plan else iter(())
+    for failure in chain.from_iterable(islice(bad, _MOST_LOOKED_AT)):
+        if failure["error"]["code"] == "uri_not_allowed":
+            return f"row {failure['row']}: {failure['error']['message']}; then repeat the command with --retry"
+    return None
 
 
 def _as_environment(settings: Settings) -> Mapping[str, str]:

@@ -12,9 +12,11 @@ from blip_engine.requests import Task
 
 from .encoding import CsvWriter, LinesWriter, ParquetWriter, RecordWriter, embedding_size
 from .errors import JobError, ObjectNotFound, StorageError, UsageError
+from .finalizer import read_summary
 from .jobs import read_job
+from .parts import ALTERED, REDO, PartError
 from .plan import Plan, load_plan
-from .rounds import latest_records
+from .rounds import merged_chunks
 from .settings import Settings, load_settings
 from .storage import LocalStore, open_object, open_store
 
@@ -58,11 +60,27 @@ def export(output: str, file: str, settings: Settings | None = None) -> Exported
 
 
 def records_of(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Every row's record in manifest order, the latest round's. Raises JobError when a row has no part yet."""
+    """Every row's record in manifest order, the latest round's.
+
+    Raises JobError when a row has no part yet, or a part is not the one that the summary tells of.
+    """
+    written = _checksums(plan)
     try:
-        yield from latest_records(plan)
+        for chunk in merged_chunks(plan):
+            for _, part in chunk.parts:
+                if written.get(part.key, part.info.sha256) != part.info.sha256:
+                    raise PartError(f"{plan.store.uri(part.key)}: {ALTERED}")
+            yield from chunk.records
     except ObjectNotFound as error:
-        raise JobError("incomplete", f"{error}: the job is not complete; let it finish, then export") from None
+        raise JobError("incomplete", f"{error}; let the job finish; if it had, {REDO}") from None
+
+
+def _checksums(plan: Plan) -> dict[str, str]:
+    """Of the parts, by key, as the summary has them; of a job that is not complete none are known."""
+    try:
+        return {part["key"]: part["sha256"] for part in read_summary(plan)["parts"]}
+    except ObjectNotFound:
+        return {}
 
 
 def _blocks(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

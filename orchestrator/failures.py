@@ -50,7 +50,7 @@ def _example(plan: Plan, round_number: int) -> str:
     """The first failed row of the round's first parts; empty where a few looks find none."""
     try:
         for info in islice(plan.store.list(part_prefix(round_number)), _LOOKS):
-            part = describe(plan.store, info.key) if chunk_of(info.key, plan.results) is not None else None
+            part = describe(plan.store, info.key, plan.hash) if chunk_of(info.key, plan.results) is not None else None
             if part is not None and part.failed:
                 record = next(record for record in read_part(plan.store, info.key)[0] if record["error"] is not None)
                 return f"; the first: row {record['row']} {told(record)}"

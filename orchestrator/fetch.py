@@ -39,21 +39,22 @@ class ImagePolicy:
             return image
         return os.path.join(self.folder, image)  # noqa: PTH118 -- keeps odd names as they are
 
-    def resolve(self, image: str, known: dict[str, str] | None = None) -> str:
+    def resolve(self, image: str, known: dict[str, str] | None = None, *, links: bool = True) -> str:
         """The location to give to `fetch`. Touches no network.
 
-        `known`: real paths of folders, remembered between calls that soon follow each other. Raises FetchError with
-        code `uri_not_allowed` or `unsupported_uri`.
+        `known`: real paths of folders, remembered between calls that soon follow each other. Not `links`: no look at
+        the file itself, which may be a link. Raises FetchError with code `uri_not_allowed` or `unsupported_uri`.
         """
         if is_s3(image):
             return self._resolve_s3(image)
-        if found := _SCHEME.match(image):
-            code = "uri_not_allowed" if found[1] in {"http", "https"} else "unsupported_uri"
-            raise FetchError(code, f"{_short(image)}: only s3:// images, and files of a local manifest, are read")
+        if _SCHEME.match(image):
+            raise FetchError(
+                "unsupported_uri", f"{_short(image)}: only s3:// images, and files of a local manifest, are read"
+            )
         if self.folder is None:
             raise FetchError("unsupported_uri", f"{_short(image)}: a manifest on S3 needs s3://bucket/key images")
         try:
-            path = _real_path(os.path.join(self.folder, image), {} if known is None else known)  # noqa: PTH118 -- keeps odd names as they are
+            path = _real_path(os.path.join(self.folder, image), {} if known is None else known, links)  # noqa: PTH118 -- keeps odd names as they are
         except (OSError, ValueError):
             raise FetchError("unsupported_uri", f"{_short(image)} is not a file name") from None
         if not any(path.startswith(folder.rstrip("/") + "/") for folder in (self.folder, *self.folders)):
@@ -75,7 +76,7 @@ class ImagePolicy:
         raise FetchError("uri_not_allowed", f"{_short(image)}: add {bucket} to BLIP_ALLOWED_BUCKETS to read from it")
 
 
-def _real_path(path: str, known: dict[str, str]) -> str:
+def _real_path(path: str, known: dict[str, str], links: bool) -> str:
     """os.path.realpath, which looks at every folder of the path, with those of `known` looked at once."""
     folder, _, name = path.rpartition("/")
     if name in {"", ".", ".."}:
@@ -83,6 +84,8 @@ def _real_path(path: str, known: dict[str, str]) -> str:
     if folder not in known:
         known[folder] = os.path.realpath(folder or "/")
     real = known[folder].rstrip("/") + "/" + name
+    if not links:
+        return real
     with suppress(OSError):  # it is not there: who opens it will say so
         return os.path.realpath(real) if stat.S_ISLNK(os.lstat(real).st_mode) else real
     return real

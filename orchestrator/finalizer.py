@@ -10,7 +10,7 @@ from .contract import JobSpec, JobState, to_line
 from .errors import JobError
 from .parts import PartInfo, as_manifest_row, count_codes
 from .plan import Plan
-from .rounds import SUMMARY_KEY, MergedChunk, is_complete, load_rounds, merged_chunks
+from .rounds import SUMMARY_KEY, MergedChunk, is_whole, load_rounds, merged_chunks
 from .stopping import go_on
 from .temporary import temporary_file
 
@@ -41,7 +41,7 @@ def finalize(spec: JobSpec, plan: Plan, state: JobState) -> dict[str, Any] | Non
     Raises PartError and StorageError.
     """
     rounds = load_rounds(plan)
-    if not is_complete(plan, rounds):
+    if not is_whole(plan, rounds):
         return None
     totals, images = Totals(), plan.image_policy()
     with temporary_file("blip-errors-") as errors:

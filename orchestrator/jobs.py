@@ -22,12 +22,13 @@ from .errors import JobConflict, JobError, ObjectNotFound, UsageError
 from .ledger import Ledger
 from .parts import PREFIX
 from .plan import Plan, load_plan
-from .rounds import SUMMARY_KEY, round_key
+from .rounds import SUMMARY_KEY, is_whole, load_rounds, round_key
 from .rows import checked_columns
 from .settings import Settings
 from .storage import Store, is_s3, open_store, refuse_other_uris, split_s3
 
 JOB_KEY: Final = "job.json"
+_LISTED: Final = 20_000  # parts, which S3 lists within a second or two
 _LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 #: ./x and ../x are paths: no name on the hub begins with a dot, or has two in a row.
 _MODEL: Final = re.compile(r"demo|(?!.*\.\.)\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
@@ -187,10 +188,15 @@ def _state_to_go_on_from(ledger: Ledger, job: str) -> JobState | None:
 
 
 def _is_outdated(state: JobState, plan: Plan | None) -> bool:
-    """Whether the output of a job that is complete was removed, made anew, or holds a round that was only begun."""
+    """Whether the output of a job that is complete was removed, in parts or whole, or made anew, or has a round begun.
+
+    The parts of a huge job are not listed here, where someone waits: `retry` brings them back.
+    """
     if state.status != "completed":
         return False
-    return plan is None or plan.hash != state.plan or plan.store.head(round_key(state.round + 1)) is not None
+    if plan is None or plan.hash != state.plan or plan.store.head(round_key(state.round + 1)) is not None:
+        return True
+    return plan.chunks <= _LISTED and not is_whole(plan, load_rounds(plan))
 
 
 def read_job(store: Store) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from .errors import UsageError
 from .jobs import read_job, wake
 from .ledger import Ledger
 from .plan import load_plan
-from .rounds import Round, is_complete, load_rounds, present_chunks
+from .rounds import Round, is_whole, load_rounds, present_chunks
 from .settings import Settings, load_settings
 from .storage import open_store
 
@@ -55,4 +55,4 @@ def recover(output: str, settings: Settings | None = None) -> Recovered:
     last: Round | None = rounds[-1] if rounds else None
     chunks = range(plan.chunks) if last is None else last.chunks
     parts = present_chunks(plan, len(rounds)).intersection(chunks)
-    return Recovered(job, plan.rows, len(chunks), len(parts), len(rounds), is_complete(plan, rounds))
+    return Recovered(job, plan.rows, len(chunks), len(parts), len(rounds), is_whole(plan, rounds))

@@ -62,6 +62,15 @@ class MergedChunk:
         return [record for record in self.records if record["error"] is not None]
 
 
+class PartMissing(ObjectNotFound):
+    """A part of the plan, or of a round, is not there: not yet, or no more."""
+
+    def __init__(self, plan: Plan, chunk: Chunk, number: int, rows: int) -> None:
+        which = f"rows {chunk.first_row} to {chunk.first_row + chunk.rows - 1}"
+        which = which if rows == chunk.rows else f"{rows} rows of round {number}"
+        super().__init__(f"{plan.store.uri(part_key(chunk.id, number, plan.results))} is missing: {which}")
+
+
 def round_key(number: int) -> str:
     return f"rounds/{number}/round.json"
 
@@ -125,29 +134,33 @@ def ask_for_round(plan: Plan, rounds: Sequence[Round]) -> int:
 
 
 def begin_wanted(plan: Plan) -> list[Round]:
-    """As `load_rounds`, after the round that was asked for, if one was, is begun. Takes minutes then."""
+    """As `load_rounds`, after a round is begun if one was asked for, or if parts before the last round are gone.
+
+    Takes minutes then. Parts of the last round that are gone need no other one.
+    """
     rounds = load_rounds(plan)
     wanted = plan.store.head(wanted_key(len(rounds) + 1)) is not None
+    wanted = wanted or (bool(rounds) and any(number < len(rounds) for number in _lost(plan, rounds)))
     begun = begin_round(plan, rounds) if wanted else None
     return rounds if begun is None else [*rounds, begun]
 
 
 def _unresolved(plan: Plan, rounds: Sequence[Round]) -> Iterator[tuple[int, int]]:
-    """Each chunk and its rows without a result: the failed ones of its last part, all where that is missing.
+    """Each chunk and its rows without a result: the failed ones of its last part, all where it lacks a part.
 
     The summary of a job that was complete tells them; parts that it does not know are asked one by one.
     """
     known, present = _summed_up(plan, len(rounds)), [present_chunks(plan, n) for n in range(len(rounds) + 1)]
 
     def look(chunk: Chunk) -> tuple[int, int]:
-        number, rows = last_part(chunk, rounds)
-        key = part_key(chunk.id, number, plan.results)
-        if chunk.id not in present[number]:
-            return chunk.id, rows
+        needed = _needed(chunk, rounds)
+        if any(chunk.id not in present[number] for number, _ in needed):
+            return chunk.id, chunk.rows  # which of them had a result cannot be told
+        key = part_key(chunk.id, needed[-1][0], plan.results)
         if key in known:
             return chunk.id, known[key]
         part = describe(plan.store, key, plan.hash)
-        return chunk.id, rows if part is None else part.failed
+        return chunk.id, chunk.rows if part is None else part.failed
 
     chunks = plan.all_chunks()
     with ThreadPoolExecutor(_READERS, thread_name_prefix="parts") as pool:
@@ -199,6 +212,20 @@ def is_complete(plan: Plan, rounds: Sequence[Round]) -> bool:
     return present_chunks(plan, rounds[-1].number).issuperset(rounds[-1].chunks)
 
 
+def is_whole(plan: Plan, rounds: Sequence[Round]) -> bool:
+    """Whether every part is there that rows have their results in, of all rounds. Lists them; raises StorageError."""
+    return next(_lost(plan, rounds), None) is None
+
+
+def _lost(plan: Plan, rounds: Sequence[Round]) -> Iterator[int]:
+    """The round of each part that is not there, unless a later round did all of its chunk's rows."""
+    for number in range(len(rounds) + 1):
+        present = present_chunks(plan, number)
+        for chunk in rounds[number - 1].chunks if number else range(plan.chunks):
+            if chunk not in present and _needed(plan.chunk(chunk), rounds)[0][0] <= number:
+                yield number
+
+
 def numbers_to_do(store: Store, chunk: Chunk, number: int, todo: int, results: ResultFormat = "jsonl") -> list[int]:
     """The row numbers that round `number` of the chunk is about: the `todo` rows without a result before it.
 
@@ -224,24 +251,30 @@ def numbers_to_do(store: Store, chunk: Chunk, number: int, todo: int, results: R
 
 
 def merged_chunk(plan: Plan, chunk: Chunk, rounds: Sequence[Round]) -> MergedChunk:
-    """Reads and checks all parts of a chunk. Raises PartError, and StorageError (ObjectNotFound: no part)."""
+    """Reads and checks all parts of a chunk. Raises PartError, and StorageError (PartMissing: no part)."""
     if not rounds:
-        part = check(plan.store, chunk, results=plan.results)
+        try:
+            part = check(plan.store, chunk, results=plan.results)
+        except ObjectNotFound:
+            raise PartMissing(plan, chunk, 0, chunk.rows) from None
         return MergedChunk([(0, part)], part.records)
     parts: list[tuple[int, CheckedPart]] = []
     latest: dict[int, dict[str, Any]] = {}
+    whole = _needed(chunk, rounds)[0][0]
     for number, rows in _parts_of(chunk, rounds):
         every = list(range(chunk.first_row, chunk.first_row + chunk.rows))
         numbers = every if rows == chunk.rows else [n for n in every if n not in latest or latest[n]["error"]]
         if len(numbers) != rows:
+            if number < whole:  # parts before it were lost, so a later round did all rows
+                continue
             uri = plan.store.uri(part_key(chunk.id, number, plan.results))
             raise PartError(f"{uri}: round {number} is about {rows} rows, {len(numbers)} have no result before it")
         try:
             part = check(plan.store, chunk, number, numbers, plan.results)
         except ObjectNotFound:
-            if number == 0 and last_part(chunk, rounds) != (0, chunk.rows):  # a later round did all of its rows
+            if number < whole:
                 continue
-            raise
+            raise PartMissing(plan, chunk, number, rows) from None
         parts.append((number, part))
         latest.update((record["row"], record) for record in part.records)
     return MergedChunk(parts, [latest[row] for row in sorted(latest)])
@@ -253,6 +286,14 @@ def _parts_of(chunk: Chunk, rounds: Sequence[Round]) -> Iterator[tuple[int, int]
     for this in rounds:
         if rows := this.rows_of(chunk.id):
             yield this.number, rows
+
+
+def _needed(chunk: Chunk, rounds: Sequence[Round]) -> list[tuple[int, int]]:
+    """Of these, what its outcome follows from: those from the last one that did all of its rows on."""
+    needed: list[tuple[int, int]] = []
+    for number, rows in _parts_of(chunk, rounds):
+        needed = [(number, rows)] if rows == chunk.rows else [*needed, (number, rows)]
+    return needed
 
 
 def failures_by_chunk(plan: Plan, first_row: int = 0) -> Iterator[tuple[Chunk, list[dict[str, Any]]]]:

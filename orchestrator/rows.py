@@ -79,7 +79,7 @@ BOM: Final = b"\xef\xbb\xbf"
 def _parse_row(
     line: bytes, number: int, task: Task, fmt: ManifestFormat, columns: Mapping[str, str] | None, loads: Loads
 ) -> Row | BadRow:
-    raw: dict[str, Any] = {}
+    raw: dict[str, Any] | None = None
     try:
         raw = _read_line(line, fmt, loads)
         if columns:
@@ -99,7 +99,10 @@ def _parse_row(
     return Row(number, image, row_id, texts, several, _passthrough(raw), candidates)
 
 
-def _bad(number: int, error: _BadRowError, raw: dict[str, Any], line: bytes) -> BadRow:
+def _bad(number: int, error: _BadRowError, raw: dict[str, Any] | None, line: bytes) -> BadRow:
+    """`raw`: what was read; None: the line is no row at all, and is the only thing to show."""
+    if raw is None:
+        raw = {"line": line[:1000].decode(errors="replace").strip()}
     image, row_id = raw.get("image"), raw.get("id", raw.get("custom_id"))
     return BadRow(
         number,
@@ -107,7 +110,7 @@ def _bad(number: int, error: _BadRowError, raw: dict[str, Any], line: bytes) -> 
         str(error),
         image if isinstance(image, str) else None,
         row_id if _is_id(row_id) else None,
-        _passthrough(raw) or {"line": line[:1000].decode(errors="replace").strip()},
+        _passthrough(raw),
     )
 
 

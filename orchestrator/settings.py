@@ -23,7 +23,9 @@ class Settings(BaseSettings):
     lead_seconds: float = Field(default=10, gt=0)  # a silent control loop is replaced after this long
     # What Redis knows of a job that ended is dropped after this long; `recover` brings it back from its output.
     job_retention_seconds: float = Field(default=30 * 86_400, gt=0, le=1e10)
-    max_attempts: int = Field(default=6, ge=1)  # starts of a chunk; then one death fails a row, and after as many more all
+    max_attempts: int = Field(
+        default=6, ge=1
+    )  # starts of a chunk; then one death fails a row, and after as many more all
 
     # The HTTP API of an orchestrator, and where commands and clients find it.
     api_host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0 is every one

@@ -7,9 +7,9 @@ from typing import Any, Final
 from .contract import Chunk
 from .errors import JobError, ObjectNotFound, UsageError
 from .finalizer import Totals, read_summary
-from .parts import PREFIX, PartError, PartInfo, chunk_of, part_key, part_prefix
+from .parts import ALTERED, PREFIX, REDO, PartError, PartInfo, chunk_of, part_prefix
 from .plan import Plan, load_plan
-from .rounds import MergedChunk, Round, each_chunk, last_part, load_rounds, merged_chunk, round_key, wanted_key
+from .rounds import MergedChunk, PartMissing, Round, each_chunk, load_rounds, merged_chunk, round_key, wanted_key
 from .settings import Settings, load_settings
 from .storage import open_store
 
@@ -75,11 +75,8 @@ def _look(plan: Plan, chunk: Chunk, rounds: Sequence[Round]) -> tuple[MergedChun
     """A chunk's parts, if they can be read, and what is wrong with them."""
     try:
         merged = merged_chunk(plan, chunk, rounds)
-    except ObjectNotFound:
-        number, rows = last_part(chunk, rounds)
-        key, last = part_key(chunk.id, number, plan.results), chunk.first_row + chunk.rows - 1
-        which = f"rows {chunk.first_row} to {last}" if rows == chunk.rows else f"{rows} rows of round {number}"
-        return None, [f"{key} is missing: {which}"]
+    except PartMissing as error:
+        return None, [f"{error}; {REDO}"]
     except PartError as error:
         return None, [str(error)]
     return merged, [problem for _, part in merged.parts for problem in _metadata_problems(plan, part.key, part.info)]
@@ -125,7 +122,7 @@ def _audit_summary(plan: Plan, totals: Totals, audit: Audit) -> None:
     written = {part["key"]: part["sha256"] for part in summary["parts"]}
     for key, part in totals.parts:
         if written.get(key) != part.sha256:
-            audit.report(f"{key}: its checksum is not the one in summary.json")
+            audit.report(f"{key}: {ALTERED}")
     counts = {"total": totals.rows, "completed": totals.rows - totals.failed, "failed": totals.failed}
     if summary["request_counts"] != counts:
         audit.report(f"summary.json counts {summary['request_counts']}, the parts hold {counts}")

@@ -131,7 +131,7 @@ def test_plan_is_a_dry_run(tmp_path: Path) -> None:
     assert report["estimate"] == {"seconds": 2.0, "workers": 1, "cost": 2.0}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.jsonl"]
     text = blip_batch("plan", tmp_path / "m.jsonl", "--task", "vqa").stdout
-    assert "bad_rows    2" in text
+    assert "bad_rows    2 (row_invalid: 2)" in text
     assert "row_invalid" in text
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/a.png").write_bytes(b"x")

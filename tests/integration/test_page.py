@@ -111,5 +111,7 @@ def test_mistakes(tmp_path: Path) -> None:
     one_line_error(blip_batch("report", tmp_path, tmp_path / "x.html"), "holds no job")
     one_line_error(blip_batch("report", tmp_path / "out", tmp_path / "out/job.json"), "part of the output itself")
     next((tmp_path / "out/results").iterdir()).unlink()
-    one_line_error(blip_batch("report", tmp_path / "out", tmp_path / "x.html"), "not complete")
+    one_line_error(
+        blip_batch("report", tmp_path / "out", tmp_path / "x.html"), "is missing: rows 0 to 15; let the job finish"
+    )
     assert not (tmp_path / "x.html").exists()

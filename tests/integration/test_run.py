@@ -119,6 +119,11 @@ def test_a_job_and_then_the_same_command(cli: Cli, tmp_path: Path) -> None:
     assert (code, again) == (0, out)
     assert "complete already" in err
     assert not cli.seen  # nothing had to be started
+    (tmp_path / "out/results/part-00000000.jsonl").unlink()
+    code, _, err = cli.run(*cli.job(manifest, "--workers", 2))
+    assert code == 0, err
+    assert "complete already" not in err
+    expect_whole(tmp_path / "out", 100)
 
 
 def test_row_errors_have_their_own_exit_code(cli: Cli, tmp_path: Path) -> None:
@@ -145,6 +150,15 @@ def test_failed_rows_are_a_manifest_wherever_they_lie(cli: Cli, tmp_path: Path) 
     assert cli.run(*again)[0] == 0
     (record,) = records(tmp_path / "allowed")
     assert (record["id"], record["input"]["k"], record["result"]["caption"]) == (2, 2, colour(2))
+
+
+def test_what_would_let_refused_rows_be_read_is_said_once(cli: Cli, tmp_path: Path) -> None:
+    write_images(tmp_path / "in", 2)
+    rows = [{"image": image} for image in ("0.png", "s3://photos/1.png", "s3://photos/2.png", "gone.png")]
+    code, _, err = cli.run(*cli.job(write_rows(tmp_path / "in" / "rows.jsonl", rows)))
+    assert code == 3
+    assert err.count("BLIP_ALLOWED_BUCKETS") == 1
+    assert "Hint: row 1: s3://photos/1.png: add photos to BLIP_ALLOWED_BUCKETS to read from it; then repeat the" in err
 
 
 def test_a_job_whose_rows_all_fail_has_failed(cli: Cli, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The audit of an output: what is damaged is told in one line, whatever it is."""
 
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from harness import advance, caption_spec, ended, write_manifest
 from mini_worker import MiniWorker
 from servers import MotoServer
 
+from orchestrator import lifecycle
 from orchestrator.contract import JobSpec
 from orchestrator.control import Controller
 from orchestrator.embedded import finished_summary
 from orchestrator.errors import JobError
+from orchestrator.export import export
 from orchestrator.finalizer import finalize
 from orchestrator.jobs import submit
-from orchestrator.parts import part_key
+from orchestrator.parts import REDO, part_key
 from orchestrator.plan import load_plan
 from orchestrator.settings import Settings
 from orchestrator.storage import open_store
@@ -55,8 +58,7 @@ def test_parts_on_s3_are_read_some_at_once_and_told_in_order(
     monkeypatch.setattr(kind, "get", together)
     audit = verify(spec.output)
     assert audit.problems[:-1] == [
-        f"s3://blip/out/{part_key(chunk)}: its last line is cut off; delete this part and run the job again"
-        for chunk in wrong
+        f"s3://blip/out/{part_key(chunk)}: its last line is cut off; delete this part, then {REDO}" for chunk in wrong
     ]
     assert "summary.json counts" in audit.problems[-1]
     assert (audit.rows_found, audit.parts, audit.chunks) == (30, 30, 40)
@@ -85,6 +87,65 @@ def test_a_damaged_summary_is_told_and_written_anew(
         assert finished_summary(job, settings) is None
         finalize(job, plan, state)
         assert verify(job.output).ok
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        ["results/part-00000001"], ["rounds/1/part-00000000"],
+        ["results/part-00000000", "results/part-00000002", "rounds/1/part-00000001"],
+    ],
+)  # fmt: skip
+def test_parts_that_are_gone_are_done_again(
+    settings: Settings, controller: Controller, tmp_path: Path, gone: list[str]
+) -> None:
+    """Whatever their round: what `verify` and `export` advise is what works."""
+    manifest = write_manifest(tmp_path, 30, lambda n: n % 10 == 3)
+    spec, worker = caption_spec(manifest, tmp_path / "out"), MiniWorker(settings)
+    advance(controller, submit(controller.ledger, spec, settings), ended, worker)
+    for n in (3, 13):
+        (tmp_path / f"mended-bad-{n}.png").touch()
+    lifecycle.retry(controller.ledger, settings, spec.id)
+    assert advance(controller, spec.id, ended, worker).failed == 1
+    assert finished_summary(spec, settings) is not None
+    for name in gone:
+        path = tmp_path / f"out/{name}.jsonl"
+        path.unlink()
+        assert any(line.startswith(f"{path} is missing: ") for line in verify(spec.output).problems)
+    assert verify(spec.output).problems[0].endswith(REDO)
+    with pytest.raises(JobError, match=r"is missing: .*let the job finish; if it had, run the job again"):
+        export(spec.output, str(tmp_path / "all.jsonl"))
+    assert finished_summary(spec, settings) is None
+    submit(controller.ledger, spec, settings)
+    state = advance(controller, spec.id, ended, worker)
+    assert (state.status, state.completed, state.failed) == ("completed", 29, 1)
+    assert verify(spec.output).ok
+    assert export(spec.output, str(tmp_path / "all.jsonl")).failed == 1
+    assert finished_summary(spec, settings) is not None
+
+
+def test_a_part_that_was_altered_is_not_exported(
+    settings: Settings, controller: Controller, job: JobSpec, tmp_path: Path
+) -> None:
+    part = tmp_path / "out/results/part-00000001.jsonl"
+    part.write_bytes(part.read_bytes().replace(b"img-14.png", b"IMG-14.png"))
+    says = f"{part}: its checksum is not the one in summary.json; delete this part, then {REDO}"
+    with pytest.raises(JobError, match=f"^{re.escape(says)}$"):
+        export(job.output, str(tmp_path / "all.jsonl"))
+    assert verify(job.output).problems == [says.removeprefix(f"{tmp_path}/out/")]
+    assert not (tmp_path / "all.jsonl").exists()
+    part.unlink()
+    advance(controller, submit(controller.ledger, job, settings), ended, MiniWorker(settings))
+    assert export(job.output, str(tmp_path / "all.jsonl")).rows == 30
+
+
+def test_retry_does_the_rows_of_parts_that_are_gone(
+    settings: Settings, controller: Controller, job: JobSpec, tmp_path: Path
+) -> None:
+    (tmp_path / "out/results/part-00000001.jsonl").unlink()
+    assert lifecycle.retry(controller.ledger, settings, job.id).rows == 10
+    assert advance(controller, job.id, ended, MiniWorker(settings)).completed == 30
+    assert verify(job.output).ok
 
 
 def damage(text: str, change: dict[str, Any]) -> str:
@@ -132,11 +193,12 @@ def test_a_record_that_is_none_fails_the_job_with_the_part_s_name(
 
     def damaged(state: Any) -> bool:
         if path.exists() and b'"error":null' in path.read_bytes():
-            path.write_bytes(path.read_bytes().replace(b'"error":null', b'"error":"none"', 1))
+            (tmp_path / "part").write_bytes(path.read_bytes().replace(b'"error":null', b'"error":"none"', 1))
+            (tmp_path / "part").replace(path)  # at once: it may be read meanwhile
         return bool(ended(state))
 
     state = advance(controller, job, damaged, worker)
     assert state.error is not None
     assert state.error["code"] == "part_invalid"
-    assert f"{path}: record 1: `error` is str; delete this part" in state.error["message"]
+    assert f"{path}: record 1: `error` is str; delete this part, then run the job again" in state.error["message"]
     assert [problem for problem in verify(spec.output).problems if str(path) in problem]

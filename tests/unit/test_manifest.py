@@ -254,3 +254,15 @@ def test_a_plan_pins_its_manifest(tmp_path: Path) -> None:
     (tmp_path / "m.txt").unlink()
     with pytest.raises(JobError, match="changed or removed"):
         plan.read_rows(plan.chunk(0), "caption")
+
+
+def test_the_line_is_shown_only_of_what_is_no_row() -> None:
+    def shown(line: str) -> object:
+        (row,) = parse_rows(line.encode(), Chunk(0, 0, len(line), 0, 1), "itm", "jsonl")
+        assert isinstance(row, BadRow)
+        return row.passthrough
+
+    assert shown('{"image": "x.png"}') == shown("{}") == {}
+    assert shown('{"image": "x.png", "k": 1}') == {"k": 1}
+    assert shown("[1] ") == {"line": "[1]"}
+    assert shown("{") == {"line": "{"}

@@ -347,6 +347,26 @@ def test_the_dry_run_tells_format_rows_and_bad_ones(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "m.csv.gz"]
 
 
+def test_the_dry_run_counts_images_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/link").symlink_to("/etc")
+    images = [*["s3://p/1.jpg"] * 9, "https://x.org/1.jpg", "file:///x.jpg", "/etc/passwd", "link/passwd", "absent.png"]
+    (tmp_path / "in/m.csv").write_text("image\n" + "\n".join(images))
+
+    def plan() -> dict[str, Any]:
+        return dry_run(str(tmp_path / "in/m.csv"), "caption", None, None, {})
+
+    report = plan()
+    assert (report["rows"], report["bad_rows"]) == (14, 13)
+    assert report["bad_codes"] == {"uri_not_allowed": 11, "unsupported_uri": 2}
+    assert [row["row"] for row in report["first_bad_rows"]] == [0, 1, 2, 3, 4, 9]
+    assert "add p to BLIP_ALLOWED_BUCKETS" in report["first_bad_rows"][0]["message"]
+    assert [row["image"] for row in report["first_rows"]] == ["absent.png"]
+    monkeypatch.setenv("BLIP_ALLOWED_BUCKETS", "p")
+    monkeypatch.setenv("BLIP_ALLOWED_FOLDERS", "/etc")
+    assert plan()["bad_codes"] == {"unsupported_uri": 2}
+
+
 def test_two_planners_at_once_make_one_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both find no rows staged and write them: the version that a plan pins must stay."""
     (tmp_path / "m.csv").write_text("image\na.jpg\n")

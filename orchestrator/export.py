@@ -13,7 +13,7 @@ from blip_engine.requests import Task
 from .encoding import CsvWriter, LinesWriter, ParquetWriter, RecordWriter, embedding_size
 from .errors import JobError, ObjectNotFound, StorageError, UsageError
 from .finalizer import read_summary
-from .jobs import read_job
+from .jobs import read_job, spec_of
 from .parts import ALTERED, REDO, PartError
 from .plan import Plan, load_plan
 from .rounds import merged_chunks
@@ -45,7 +45,7 @@ def export(output: str, file: str, settings: Settings | None = None) -> Exported
     plan, record = load_plan(store, settings), read_job(store)
     if plan is None or record is None:
         raise UsageError(f"{output} holds no job: there is no plan/plan.json")
-    write = _writer_of(file, plan, record["spec"]["task"])
+    write = _writer_of(file, plan, spec_of(record, store).task)
     refuse_our_own(store.root, file)
     rows = failed = 0
     try:

@@ -61,7 +61,7 @@ def read_summary(plan: Plan) -> dict[str, Any]:
         counted = set(summary["request_counts"]) == {"total", "completed", "failed"}
         if counted and all({"key", "sha256"} <= set(part) for part in summary["parts"]):
             return summary
-    except (ValueError, TypeError, KeyError):  # told below
+    except (ValueError, TypeError, KeyError, RecursionError):  # told below
         pass
     raise JobError("summary_invalid", f"{plan.store.uri(SUMMARY_KEY)} is damaged; delete it and run the job again")
 

@@ -205,11 +205,24 @@ def read_job(store: Store) -> dict[str, Any] | None:
         record = json.loads(store.get(JOB_KEY))
     except ObjectNotFound:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("spec"), dict):
         raise JobConflict(f"{store.uri(JOB_KEY)} is no job of ours; choose another output")
     return record
+
+
+def spec_of(record: Mapping[str, Any], store: Store) -> JobSpec:
+    """What a job.json says was asked for, as this version reads it. Raises JobConflict when it cannot."""
+    try:
+        return JobSpec.stored(record["spec"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise JobConflict(
+            f"{store.uri(JOB_KEY)}: {place}: {first['msg']}; it was damaged, or another version wrote it: put it back, "
+            "upgrade, or choose another output"
+        ) from None
 
 
 def check_owner(spec: JobSpec, store: Store) -> dict[str, Any] | None:
@@ -217,11 +230,11 @@ def check_owner(spec: JobSpec, store: Store) -> dict[str, Any] | None:
     record = read_job(store)
     if record is None:
         return None
-    old, new = record["spec"], spec.identity()
-    for name, value in new.items():
-        if old.get(name) != value:
+    old = spec_of(record, store).identity()  # with the defaults of fields that an earlier version did not know
+    for name, value in spec.identity().items():
+        if old[name] != value:
             raise JobConflict(
-                f"{store.root} holds a job with {name}={old.get(name)!r}, not {value!r}; choose another output, "
+                f"{store.root} holds a job with {name}={old[name]!r}, not {value!r}; choose another output, "
                 f"repeat the first command to go on with it, or remove this output to begin anew"
             )
     return record

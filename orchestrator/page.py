@@ -15,10 +15,11 @@ from typing import Any, Final
 
 from blip_engine.requests import Task
 
+from .contract import JobSpec
 from .errors import FetchError, UsageError
 from .export import records_of, refuse_our_own
 from .fetch import fetch
-from .jobs import read_job
+from .jobs import read_job, spec_of
 from .plan import Plan, load_plan
 from .settings import Settings, load_settings
 from .storage import open_object, open_store
@@ -61,19 +62,20 @@ def write_page(output: str, file: str, sample: int = 24, settings: Settings | No
     if plan is None or job is None:
         raise UsageError(f"{output} holds no job: there is no plan/plan.json")
     refuse_our_own(store.root, file)
-    task: Task = job["spec"]["task"]
+    spec = spec_of(job, store)
     rows, scores, codes = _Drawn(sample), _Drawn(_SCORES_KEPT), Counter[str]()
     for record in records_of(plan):
         if record["error"] is not None:
             codes[record["error"]["code"]] += 1
             continue
         rows.add(record)
-        if isinstance(score := record["result"].get(_SCORES.get(task, "")), float):
+        if isinstance(score := record["result"].get(_SCORES.get(spec.task, "")), float):
             scores.add(score)
     shown = sorted(rows.values, key=lambda record: record["row"])
     pictures = _thumbnails(plan, shown, settings)
     target, key = open_object(file, settings)
-    target.put(key, "".join(_page(job, plan, codes, scores.values, shown, pictures)).encode(errors="replace"))
+    page = "".join(_page(spec, job.get("options"), plan, codes, scores.values, shown, pictures))
+    target.put(key, page.encode(errors="replace"))
     return len(pictures), len(shown)
 
 
@@ -98,14 +100,14 @@ def _thumbnails(plan: Plan, records: Sequence[dict[str, Any]], settings: Setting
 
 
 def _page(
-    job: dict[str, Any], plan: Plan, codes: Counter[str], scores: list[float], shown: list[dict[str, Any]],
+    spec: JobSpec, options: Any, plan: Plan, codes: Counter[str], scores: list[float], shown: list[dict[str, Any]],
     pictures: dict[int, str],
 ) -> Iterator[str]:  # fmt: skip
-    spec, failed = job["spec"], codes.total()
-    title = f"{spec['task']} of {plan.rows:,} rows"
+    failed = codes.total()
+    title = f"{spec.task} of {plan.rows:,} rows"
     yield f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
     yield f"<h1>{escape(title)}</h1><table>"
-    facts = {"manifest": plan.source, "output": spec["output"], "model": spec["model"], "options": job["options"]}
+    facts = {"manifest": plan.source, "output": spec.output, "model": spec.model, "options": options}
     for name, value in {**facts, "with results": f"{plan.rows - failed:,}", "failed": f"{failed:,}"}.items():
         yield f"<tr><th>{name}<td>{escape(str(value))}"
     yield "</table>"
@@ -115,7 +117,7 @@ def _page(
             yield f"<tr><th>{escape(code)}<td>{count:,}"
         yield "</table>"
     if scores:
-        yield f"<h2>{escape(_SCORES[spec['task']])}</h2>{_histogram(scores)}"
+        yield f"<h2>{escape(_SCORES[spec.task])}</h2>{_histogram(scores)}"
     yield f"<h2>{len(shown)} of {plan.rows - failed:,} results</h2><main>"
     yield from (_figure(record, pictures.get(record["row"])) for record in shown)
     yield "</main>"

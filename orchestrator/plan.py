@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from blip_engine.requests import Task
 
-from .contract import BadRow, Chunk, JobSpec, ManifestFormat, ResultFormat, Row
+from .contract import FORMATS, RESULT_FORMATS, BadRow, Chunk, JobSpec, ManifestFormat, ResultFormat, Row
 from .errors import JobConflict, JobError, ManifestError, ObjectChanged, ObjectNotFound
 from .fetch import ImagePolicy
 from .manifest import Source, choose_chunk_rows, open_manifest, scan, staged, stored_rows
@@ -86,7 +86,7 @@ class Plan:
             page = _read_page(json.loads(self.store.get(key)))
             if page[0].id == first and len(page) == min(PAGE_CHUNKS, self.chunks - first):
                 return page
-        except (ValueError, TypeError, KeyError, IndexError, OverflowError):  # told below
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError):  # told below
             pass
         raise JobError("plan_invalid", f"{self.store.uri(key)} is no page of this plan; choose another output")
 
@@ -141,11 +141,18 @@ def load_plan(store: Store, settings: Settings) -> Plan | None:
         return None
     try:
         plan = Plan(**json.loads(text), store=store, settings=settings)
-        if all(isinstance(getattr(plan, of.name), of.type) for of in fields(plan) if of.type in {str, int}):
+        if _is_sound(plan):
             return plan
-    except (ValueError, TypeError):  # told below
+    except (ValueError, TypeError, RecursionError):  # told below
         pass
     raise JobError("plan_invalid", f"{store.uri(PLAN_KEY)} is not a plan; choose another output")
+
+
+def _is_sound(plan: Plan) -> bool:
+    """Whether every field is of its kind: someone may have written to plan.json."""
+    typed = all(isinstance(getattr(plan, of.name), of.type) for of in fields(plan) if of.type in {str, int})
+    named = plan.format in FORMATS and plan.results in RESULT_FORMATS
+    return typed and named and min(plan.rows, plan.chunks, plan.chunk_rows) > 0 and isinstance(plan.columns, dict)
 
 
 def make_plan(spec: JobSpec, store: Store, settings: Settings, worth: int | None = None) -> Plan:

@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
-from .contract import JobSpec
 from .errors import UsageError
-from .jobs import read_job, wake
+from .jobs import read_job, spec_of, wake
 from .ledger import Ledger
 from .plan import load_plan
 from .rounds import Round, is_whole, load_rounds, present_chunks
@@ -37,11 +34,7 @@ def recover(output: str, settings: Settings | None = None) -> Recovered:
     record, plan = read_job(store), load_plan(store, settings)
     if record is None:
         raise UsageError(f"{output} holds no job: there is no job.json")
-    try:
-        spec = JobSpec.stored(record["spec"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{store.uri('job.json')}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    spec = spec_of(record, store)
     if spec.output != store.root:
         raise UsageError(f"{output} is a copy of the output {spec.output}; put it there, or recover that one")
     ledger = Ledger.connect(settings)

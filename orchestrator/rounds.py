@@ -97,7 +97,7 @@ def _read_round(plan: Plan, number: int, text: bytes) -> Round:
         this = Round(number, array("q", content["chunks"]), array("q", content["rows"]))
         if content["plan"] == plan.hash and len(this.chunks) == len(this.rows) > 0:
             return this
-    except (ValueError, TypeError, KeyError):  # told below
+    except (ValueError, TypeError, KeyError, RecursionError):  # told below
         pass
     uri = plan.store.uri(round_key(number))
     raise JobError("round_invalid", f"{uri} is no round of this plan; delete rounds/{number}/ and retry again")
@@ -174,7 +174,7 @@ def _summed_up(plan: Plan, number: int) -> dict[str, int]:
         summary = json.loads(plan.store.get(SUMMARY_KEY))
         if summary.get("round", 0) == number:
             return {part["key"]: int(part["failed"]) for part in summary["parts"]}
-    except (ObjectNotFound, ValueError, TypeError, KeyError, AttributeError):  # the parts themselves tell
+    except (ObjectNotFound, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # the parts tell
         pass
     return {}
 

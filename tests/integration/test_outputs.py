@@ -18,6 +18,7 @@ from orchestrator.control import Controller
 from orchestrator.embedded import finished_summary
 from orchestrator.errors import JobConflict
 from orchestrator.jobs import known_plan, make_spec, submit
+from orchestrator.parts import REDO
 from orchestrator.plan import Plan, load_plan
 from orchestrator.recover import recover
 from orchestrator.rounds import load_rounds
@@ -283,8 +284,69 @@ def test_a_part_of_another_plan_is_not_counted(
     state = finish(settings, controller, spec)
     assert state.error is not None
     assert state.error["code"] == "part_invalid"
-    assert (
-        state.error["message"] == f"s3://blip/out/{key}: a part of another plan; delete this part and run the job again"
-    )
+    assert state.error["message"] == f"s3://blip/out/{key}: a part of another plan; delete this part, then {REDO}"
     s3_client(5.0).delete_object(Bucket="blip", Key=f"out/{key}")
     assert finish(settings, controller, spec).status == "completed"
+
+
+def rewrite(path: Path, *without: str, **spec: object) -> None:
+    """job.json, with another spec."""
+    record = json.loads(path.read_text())
+    record["spec"] = {name: value for name, value in record["spec"].items() if name not in without} | spec
+    path.write_text(json.dumps(record))
+
+
+def test_an_output_of_an_earlier_or_a_later_version_goes_on(
+    settings: Settings, controller: Controller, tmp_path: Path
+) -> None:
+    """Whose spec has fewer fields, which had no other value then than the default now, or one more."""
+    spec = caption_spec(write_manifest(tmp_path, 40, lambda n: n == 3), tmp_path / "out")
+    finish(settings, controller, spec)
+    rewrite(tmp_path / "out/job.json", "results", "columns", "manifest_format", "weight", later=1)
+    assert finished_summary(spec, settings) is not None
+    assert lifecycle.retry(controller.ledger, settings, spec.id).rows == 1
+    assert advance(controller, spec.id, ended, MiniWorker(settings)).status == "completed"
+    rewrite(tmp_path / "out/job.json", results="parquet")
+    with pytest.raises(JobConflict, match="holds a job with results='parquet', not 'jsonl'"):
+        submit(controller.ledger, spec, settings)
+
+
+@pytest.mark.parametrize("damage", [{"task": "paint"}, {"task": []}, {"chunk_rows": "x"}, {"model": None}], ids=str)
+def test_a_damaged_job_json_is_one_line_that_names_it(
+    settings: Settings, controller: Controller, tmp_path: Path, damage: dict[str, object]
+) -> None:
+    out, (place,) = tmp_path / "out", damage
+    spec = caption_spec(write_manifest(tmp_path, 10), out)
+    finish(settings, controller, spec)
+    rewrite(out / "job.json", *damage, **{name: value for name, value in damage.items() if value is not None})
+    says = f"{out}/job.json: {place}: "
+    for arguments in (("export", out, tmp_path / "x.csv"), ("report", out, tmp_path / "x.html"), ("recover", out)):
+        one_line_error(blip_batch(*arguments), says)
+    with pytest.raises(JobConflict, match=f"{says}.* it was damaged, or another version wrote it"):
+        submit(controller.ledger, spec, settings)
+    (out / "job.json").write_text("[" * 100_000)
+    one_line_error(blip_batch("export", out, tmp_path / "x.csv"), "job.json is no job of ours")
+
+
+@pytest.mark.parametrize("command", ["export", "report", "verify"])
+def test_a_damaged_plan_json_is_one_line_that_names_it(
+    settings: Settings, controller: Controller, tmp_path: Path, command: str
+) -> None:
+    out = tmp_path / "out"
+    finish(settings, controller, caption_spec(write_manifest(tmp_path, 10), out))
+    text = (out / "plan/plan.json").read_text()
+    more = [] if command == "verify" else [tmp_path / "x.csv"]
+    for damaged in (text.replace('"jsonl"', '"xml"'), text.replace('"results"', '"resluts"'), "[" * 100_000):
+        (out / "plan/plan.json").write_text(damaged)
+        one_line_error(blip_batch(command, out, *more), f"{out}/plan/plan.json is not a plan")
+
+
+def test_a_report_where_the_options_were_taken_out(
+    settings: Settings, controller: Controller, tmp_path: Path
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    finish(settings, controller, caption_spec(write_manifest(tmp_path, 10), out))
+    record = json.loads((out / "job.json").read_text())
+    del record["options"]
+    (out / "job.json").write_text(json.dumps(record))
+    assert blip_batch("report", out, tmp_path / "x.html").returncode == 0

@@ -67,7 +67,8 @@ def test_parts_on_s3_are_read_some_at_once_and_told_in_order(
 def summaries(good: dict[str, Any]) -> list[str]:
     part = {name: value for name, value in good["parts"][0].items() if name != "sha256"}
     return [
-        "", "{", "[]", "{}", "null", '"x"', json.dumps({**good, "parts": None}), json.dumps({**good, "parts": [7]}),
+        "", "{", "[]", "{}", "null", '"x"', "[" * 100_000,
+        json.dumps({**good, "parts": None}), json.dumps({**good, "parts": [7]}),
         json.dumps({**good, "parts": [part]}), json.dumps({**good, "request_counts": [1]}),
     ]  # fmt: skip
 
@@ -168,7 +169,7 @@ def test_a_damaged_page_of_the_plan_is_told(job: JobSpec, tmp_path: Path, change
     assert caught.value.code == "plan_invalid"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "7", '"chunks-00000"', '{"ends": '])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "7", '"chunks-00000"', '{"ends": ', "[" * 100_000])
 def test_a_page_that_is_none(job: JobSpec, tmp_path: Path, text: str) -> None:
     (page,) = (tmp_path / "out/plan").glob("*/chunks-00000.json")
     page.write_text(text)
@@ -176,7 +177,13 @@ def test_a_page_that_is_none(job: JobSpec, tmp_path: Path, text: str) -> None:
         verify(job.output)
 
 
-@pytest.mark.parametrize("change", [{"rows": "30"}, {"chunks": None}, {"etag": 7}, {"hash": []}, {"more": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": "30"}, {"chunks": None}, {"etag": 7}, {"hash": []}, {"more": 1}, {"results": "xml"}, {"results": []},
+        {"format": 7}, {"columns": "x"}, {"chunk_rows": 0},
+    ],
+)  # fmt: skip
 def test_a_damaged_plan_is_told(job: JobSpec, tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "out/plan/plan.json"
     path.write_text(damage(path.read_text(), change))

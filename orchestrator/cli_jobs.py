@@ -61,9 +61,15 @@ def register_jobs(app: typer.Typer) -> None:
 @contextmanager
 def _backend() -> "Iterator[Backend]":
     from .backends import connected  # noqa: PLC0415
+    from .errors import RedisUnavailable  # noqa: PLC0415
 
-    with connected() as backend:
-        yield backend
+    try:
+        with connected() as backend:
+            yield backend
+    except RedisUnavailable as error:  # who has set neither address is new here
+        raise RedisUnavailable(
+            f"{error}, or set BLIP_API_URL to an orchestrator's API; for one machine, `blip-batch run` needs neither"
+        ) from error
 
 
 def submit(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options

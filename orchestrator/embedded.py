@@ -70,8 +70,12 @@ class PrivateRedis:
             self._process = self._start(program, port, password, folder)
             if self._answers():
                 return
+            ended = self._process.poll()
             self.close()
-        raise UsageError(f"{program} does not start: {_last_line(self._log)}; choose another one with --redis")
+        silent = "it does not answer" if ended is None else f"it said nothing, and ended with {ended}"
+        raise UsageError(
+            f"{program} does not start: {_last_line(self._log) or silent}; choose another one with --redis"
+        )
 
     def _start(self, program: str, port: int, password: str, folder: Path) -> "subprocess.Popen[bytes]":
         configuration = (

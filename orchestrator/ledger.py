@@ -119,7 +119,9 @@ class Ledger:
         try:
             return call()
         except RedisError as error:
-            raise RedisUnavailable(f"Redis: {' '.join(str(error).split())}; check BLIP_REDIS_URL") from error
+            raise RedisUnavailable(
+                f"Redis: {' '.join(str(error).split()).rstrip('.')}; check BLIP_REDIS_URL"
+            ) from error
 
     def ping(self) -> None:
         self._ask(self._redis.ping)

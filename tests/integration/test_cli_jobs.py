@@ -87,7 +87,12 @@ def test_pause_resume_cancel_and_retry(settings: Settings, controller: Controlle
 def test_what_is_not_known_or_cannot_be_reached_is_one_line(redis_server: RedisServer) -> None:
     for command in ("status", "watch", "errors", "pause", "resume", "cancel", "retry"):
         one_line_error(blip_batch(command, "job-1"), "job job-1 is not known")
-    one_line_error(blip_batch("list", BLIP_REDIS_URL="redis://127.0.0.1:1/0"), "check BLIP_REDIS_URL")
+    for command in (["list"], ["submit", __file__, "--task", "caption", "--output", "out"]):
+        one_line_error(
+            blip_batch(*command, BLIP_REDIS_URL="redis://127.0.0.1:1/0"),
+            "Connection refused; check BLIP_REDIS_URL, or set BLIP_API_URL to an orchestrator's API; for one machine, "
+            "`blip-batch run` needs neither",
+        )
 
 
 def test_watch_shows_the_job_and_ends_with_it(job: str) -> None:

@@ -268,6 +268,7 @@ def test_a_worker_that_dies_is_replaced(cli: Cli, tmp_path: Path) -> None:
         ([".", "--format", "csv"], "is read as folder, not as csv; name a file in it, or leave --format out"),
         (["rows.jsonl", "--output", "/proc/out"], "/proc/out"),
         (["rows.jsonl", "--redis", "/nowhere/redis-server"], "Redis server /nowhere/redis-server: no such program"),
+        (["rows.jsonl", "--redis", "/bin/true"], "/bin/true does not start: it said nothing, and ended with 0; choose"),
         (["rows.jsonl", "--device", "gpu"], "device 'gpu' is unknown; use auto, cpu, cuda or cuda:1"),
         (["rows.jsonl", "--precision", "fp8"], "precision 'fp8' is unknown; use one of auto, fp32, bf16, fp16, int8"),
         (["rows.jsonl", "--device", "cuda:99"], "the engine cannot start: RuntimeError('no such device')"),

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
 from blip_engine.requests import JOB_TASKS, Task
@@ -56,7 +56,7 @@ def _read(
     columns: Mapping[str, str], settings: Settings,
 ) -> dict[str, Any]:  # fmt: skip
     source = open_manifest(manifest_uri(manifest), manifest_format, settings, checked_columns(columns))
-    images = ImagePolicy.of(source.uri, source.format == "folder", settings)
+    images = replace(ImagePolicy.of(source.uri, source.format == "folder", settings), tells_links=True)
     if not source.staged:
         return _report(source, source, chunk_rows, task, {}, images)
     with staged(source, settings) as rows:

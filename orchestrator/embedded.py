@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
@@ -26,12 +27,12 @@ from typing import Any, Final
 
 from .contract import JobSpec, JobState
 from .control import Controller
-from .errors import BlipBatchError, JobError, RedisUnavailable, UsageError
+from .errors import BlipBatchError, FetchError, JobError, RedisUnavailable, UsageError
 from .finalizer import read_summary
 from .jobs import check_owner, submit
 from .ledger import Ledger
 from .pace import Pace
-from .plan import load_plan
+from .plan import Plan, load_plan
 from .rounds import failures_by_chunk, is_whole, load_rounds
 from .settings import Settings, load_settings
 from .storage import open_store
@@ -249,8 +250,18 @@ def advice(spec: JobSpec, settings: Settings) -> str | None:
     plan = load_plan(open_store(spec.output, settings), settings)
     bad = (failures for _, failures in failures_by_chunk(plan) if failures) if plan else iter(())
     for failure in chain.from_iterable(islice(bad, _MOST_LOOKED_AT)):
-        if failure["error"]["code"] == "uri_not_allowed":
-            return f"row {failure['row']}: {failure['error']['message']}; then repeat the command with --retry"
+        if plan and failure["error"]["code"] == "uri_not_allowed":
+            why = _refusal(plan, failure["image"]) or failure["error"]["message"]
+            return f"row {failure['row']}: {why}; then repeat the command with --retry"
+    return None
+
+
+def _refusal(plan: Plan, image: str) -> str | None:
+    """What keeps an image from being read, for who sits at this machine: where a link leads is told too."""
+    try:
+        replace(plan.image_policy(), tells_links=True).resolve(image)
+    except FetchError as error:
+        return str(error)
     return None
 
 

@@ -23,6 +23,7 @@ class ImagePolicy:
     folder: str | None  # files must be below it (real path); None: the manifest is not on this machine
     allowed: tuple[str, ...]  # buckets and prefixes ("bucket/prefix"); "*" for any
     folders: tuple[str, ...] = ()  # real paths that absolute names may be below too
+    tells_links: bool = False  # whether messages say where links lead: records may be read by others over HTTP
 
     @classmethod
     def of(cls, manifest: str, is_folder: bool, settings: Settings) -> "ImagePolicy":
@@ -57,10 +58,22 @@ class ImagePolicy:
             path = _real_path(os.path.join(self.folder, image), {} if known is None else known, links)  # noqa: PTH118 -- keeps odd names as they are
         except (OSError, ValueError):
             raise FetchError("unsupported_uri", f"{_short(image)} is not a file name") from None
-        if not any(path.startswith(folder.rstrip("/") + "/") for folder in (self.folder, *self.folders)):
-            why = f"is not below the manifest's folder {self.folder}; BLIP_ALLOWED_FOLDERS can name others"
-            raise FetchError("uri_not_allowed", f"{_short(image)} {why}")
+        if not self._is_below(path):
+            raise FetchError("uri_not_allowed", f"{_short(image)} {self._why_outside(image, path)}")
         return path
+
+    def _is_below(self, path: str) -> bool:
+        return any(path.startswith(folder.rstrip("/") + "/") for folder in (self.folder, *self.folders) if folder)
+
+    def _why_outside(self, image: str, path: str) -> str:
+        named = os.path.normpath(os.path.join(self.folder or "", image))  # noqa: PTH118 -- as the row says
+        where, folder = f"of the manifest's folder {self.folder}", os.path.dirname(named)  # noqa: PTH120
+        if not self._is_below(named):
+            return f"is outside {where}; add {folder} to BLIP_ALLOWED_FOLDERS to read from it"
+        if not self.tells_links:
+            return f"is a link that leads outside {where}; add the folder that it leads to to BLIP_ALLOWED_FOLDERS"
+        folder = os.path.dirname(path)  # noqa: PTH120
+        return f"is a link to {path}, outside {where}; add {folder} to BLIP_ALLOWED_FOLDERS to read from it"
 
     def _resolve_s3(self, image: str) -> str:
         try:

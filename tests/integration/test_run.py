@@ -144,7 +144,7 @@ def test_failed_rows_are_a_manifest_wherever_they_lie(cli: Cli, tmp_path: Path) 
     write_images(tmp_path / "in", 3)  # now all are there
     again = ("run", errors, "--task", "caption", "--output", tmp_path / "again", "--model", tmp_path / "model")
     assert cli.run(*again)[0] == 1
-    assert "BLIP_ALLOWED_FOLDERS" in records(tmp_path / "again")[0]["error"]["message"]
+    assert f"add {tmp_path}/in to BLIP_ALLOWED_FOLDERS" in records(tmp_path / "again")[0]["error"]["message"]
     cli.environment["BLIP_ALLOWED_FOLDERS"] = str(tmp_path / "in")
     again = (*again[:5], tmp_path / "allowed", *again[6:])
     assert cli.run(*again)[0] == 0
@@ -159,6 +159,20 @@ def test_what_would_let_refused_rows_be_read_is_said_once(cli: Cli, tmp_path: Pa
     assert code == 3
     assert err.count("BLIP_ALLOWED_BUCKETS") == 1
     assert "Hint: row 1: s3://photos/1.png: add photos to BLIP_ALLOWED_BUCKETS to read from it; then repeat the" in err
+
+
+def test_where_a_link_leads_is_told_at_this_machine_but_in_no_record(cli: Cli, tmp_path: Path) -> None:
+    write_images(tmp_path / "secret", 1)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/link.png").symlink_to(tmp_path / "secret/0.png")
+    manifest = write_rows(tmp_path / "in" / "rows.jsonl", [{"image": "link.png"}])
+    code, _, err = cli.run(*cli.job(manifest))
+    assert code == 1
+    assert f"link.png is a link to {tmp_path}/secret/0.png" in err
+    assert "secret" not in (tmp_path / "out/errors.jsonl").read_text()
+    cli.environment["BLIP_ALLOWED_FOLDERS"] = str(tmp_path / "secret")
+    code, _, err = cli.run(*cli.job(manifest, "--retry"))
+    assert code == 0, err
 
 
 def test_a_job_whose_rows_all_fail_has_failed(cli: Cli, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,26 @@ def test_folders_that_are_allowed_besides(folder: Path, tmp_path: Path) -> None:
     assert policy(folder).absolute("http://h/a.jpg") == "http://h/a.jpg"
     assert policy(folder).absolute("/x/a.jpg") == "/x/a.jpg"
     assert ImagePolicy.of("s3://b/m.jsonl", False, loaded).absolute("s3://c/x") == "s3://c/x"
+
+
+def test_a_refused_file_s_message_names_the_folder_to_add(folder: Path, tmp_path: Path) -> None:
+    (folder / "outside").symlink_to(tmp_path)
+    local = policy(folder)
+
+    def said(image: str, policy: ImagePolicy = local) -> str:
+        with pytest.raises(FetchError) as caught:
+            policy.resolve(image)
+        return str(caught.value)
+
+    outside = f"outside of the manifest's folder {folder}; add"
+    assert said("/photos/a/1.jpg") == f"/photos/a/1.jpg is {outside} /photos/a to BLIP_ALLOWED_FOLDERS to read from it"
+    assert said("../x/1.jpg").endswith(f"is {outside} {tmp_path}/x to BLIP_ALLOWED_FOLDERS to read from it")
+    for link in ("link.jpg", "outside/secret.jpg"):
+        assert said(link).startswith(f"{link} is a link that leads {outside} the folder that it leads to")
+        assert "secret" not in said(link).removeprefix(link)  # others may read it
+        assert said(link, replace(local, tells_links=True)) == (
+            f"{link} is a link to {tmp_path}/secret.jpg, {outside} {tmp_path} to BLIP_ALLOWED_FOLDERS to read from it"
+        )
 
 
 def test_allowed_buckets(folder: Path) -> None:

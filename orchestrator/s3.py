@@ -40,7 +40,7 @@ from .errors import (
     UsageError,
 )
 from .settings import Settings
-from .stopping import go_on, going_on
+from .stopping import as_here, go_on, going_on
 from .storage import ObjectInfo, Store
 
 if TYPE_CHECKING:
@@ -263,6 +263,7 @@ class S3Store(Store):
         step = max(_PIECE, -(-size // _MOST_PIECES))
 
         def send(number: int) -> dict[str, Any]:
+            go_on()
             with path.open("rb") as file:
                 file.seek((number - 1) * step)
                 data = file.read(step)
@@ -270,7 +271,7 @@ class S3Store(Store):
             answer = self._ask(key, lambda: self._client.upload_part(**sent))
             return {"PartNumber": number, "ETag": answer["ETag"]}
 
-        with ThreadPoolExecutor(_SENDERS, thread_name_prefix="upload") as pool:
+        with ThreadPoolExecutor(_SENDERS, "upload", initializer=as_here()) as pool:
             return list(pool.map(send, range(1, -(-size // step) + 1)))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:

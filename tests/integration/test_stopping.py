@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faulty_proxy import FaultyProxy
 from harness import advance, caption_spec, write_manifest
 from mini_worker import MiniWorker
 from servers import RedisServer, S3Server
@@ -18,6 +19,7 @@ from orchestrator.control import Controller
 from orchestrator.finalizer import finalize
 from orchestrator.jobs import submit
 from orchestrator.ledger import Ledger
+from orchestrator.s3 import s3_client
 from orchestrator.settings import Settings
 from orchestrator.stopping import StoppingError, stopped_when
 from orchestrator.storage import open_store
@@ -113,6 +115,23 @@ def test_an_upload_stops_too(s3_server: S3Server, tmp_path: Path) -> None:
         assert store.head("rows") is None
         store.put_file("rows", tmp_path / "rows")
         assert store.head("rows") is not None
+
+
+def test_an_upload_in_pieces_stops_too(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of staged rows; and it leaves no pieces behind, which a bucket charges for."""
+    proxy = FaultyProxy(s3_server.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+    s3_client.cache_clear()
+    try:
+        (tmp_path / "rows").write_bytes(bytes(20 * 2**23))
+        store = open_store("s3://blip/out")
+        with stopped_when(lambda: proxy.seen.count("PUT") >= 2), pytest.raises(StoppingError):
+            store.put_file_new("rows", tmp_path / "rows")
+        assert proxy.seen.count("PUT") < 10  # those on their way are finished
+        assert store.head("rows") is None
+        assert "Uploads" not in s3_client(5.0).list_multipart_uploads(Bucket="blip")
+    finally:
+        proxy.close()
 
 
 def test_what_a_killed_process_left_behind_is_removed(temporaries: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,12 +221,19 @@ def test_the_bar_tells_what_is_waited_for_and_that_ctrl_c_was_heard(cli: Cli, tm
     (tmp_path / "model" / "order:load slowly").touch()
     master, slave = pty.openpty()
     cli.environment |= {"TERM": "xterm", "COLUMNS": "80"}
-    process = cli.start(*cli.job(simple_job(tmp_path / "in", 20, prompt="order:slow")), stderr=slave)
+    process = cli.start(
+        *cli.job(simple_job(tmp_path / "in", 400, prompt="order:slow"), "--chunk-rows", 20), stderr=slave
+    )
     os.close(slave)
-    seen, missing = "", ["starting workers", "0/20 loading model", "rows/s", "stopping…", "goes on from here"]
+    shown, seen, missing = (
+        b"",
+        "",
+        ["starting workers", "0/400 loading model", "rows/s", "stopping…", "goes on from here"],
+    )
     try:
         while missing and (read := os.read(master, 4096)):
-            seen += re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", read.decode(errors="replace"))
+            shown += read
+            seen = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode(errors="replace"))
             cli.look(process)
             while missing and missing[0] in seen:
                 if "loading" in missing[0]:
@@ -236,6 +243,9 @@ def test_the_bar_tells_what_is_waited_for_and_that_ctrl_c_was_heard(cli: Cli, tm
                 del missing[0]
     except OSError:  # the process has closed the terminal
         pass
+    if missing:
+        process.kill()
+        process.communicate()
     assert not missing, seen
     assert cli.finish(process)[0] == 130
     os.close(master)

@@ -139,7 +139,9 @@ def test_a_record_that_is_none_fails_the_job_with_the_part_s_name(
 
     def damaged(state: Any) -> bool:
         if path.exists() and b'"error":null' in path.read_bytes():
-            path.write_bytes(path.read_bytes().replace(b'"error":null', b'"error":"none"', 1))
+            other = tmp_path / "damaged"  # the finalizer may read meanwhile, and is to see all of it
+            other.write_bytes(path.read_bytes().replace(b'"error":null', b'"error":"none"', 1))
+            other.replace(path)
         return bool(ended(state))
 
     state = advance(controller, job, damaged, worker)

@@ -1,5 +1,6 @@
 """`blip-batch export`: an output's parts merged into one file, rows in manifest order, the latest round's."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,12 +15,13 @@ from .encoding import CsvWriter, LinesWriter, ParquetWriter, RecordWriter, embed
 from .errors import JobError, ObjectNotFound, StorageError, UsageError
 from .jobs import read_job, spec_of
 from .plan import Plan, load_plan
-from .rounds import latest_records
+from .rounds import latest_records, stopped_round
 from .settings import Settings, load_settings
 from .storage import LocalStore, open_object, open_store
 
 _BLOCK: Final = 1000  # records written at once; in Parquet, a row group
 _OURS: Final = ("job.json", "errors.jsonl", "summary.json", "plan/", "results/", "rounds/")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def export(output: str, file: str, settings: Settings | None = None) -> Exported
         raise UsageError(f"{output} holds no job: there is no plan/plan.json")
     write = _writer_of(file, plan, spec_of(record, store).task)
     refuse_our_own(store.root, file)
+    tell_of_stopped_round(plan)
     rows = failed = 0
     try:
         with _target(file, settings) as path, write(path) as writer:
@@ -58,11 +61,17 @@ def export(output: str, file: str, settings: Settings | None = None) -> Exported
 
 
 def records_of(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Every row's record in manifest order, the latest round's. Raises JobError when a row has no part yet."""
+    """Every row's record in manifest order, the latest round's that has one. Raises JobError when a row has no part."""
     try:
-        yield from latest_records(plan)
+        yield from latest_records(plan, so_far=stopped_round(plan) > 0)
     except ObjectNotFound as error:
         raise JobError("incomplete", f"{error}: the job is not complete; let it finish, then export") from None
+
+
+def tell_of_stopped_round(plan: Plan) -> None:
+    """One line on standard error, unless logging was set up otherwise, where a retry is not done."""
+    if number := stopped_round(plan):
+        log.warning("round %d, a retry, is not complete: rows that it has not done are as before it", number)
 
 
 def _blocks(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

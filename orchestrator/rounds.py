@@ -198,6 +198,16 @@ def is_complete(plan: Plan, rounds: Sequence[Round]) -> bool:
     return present_chunks(plan, rounds[-1].number).issuperset(rounds[-1].chunks)
 
 
+def stopped_round(plan: Plan) -> int:
+    """The retry that was begun and is not done, stopped or still at work; 0: none. Raises JobError and StorageError.
+
+    One of which there is a summary was done: where parts of it are missing now, they were lost.
+    """
+    rounds = load_rounds(plan)
+    begun = bool(rounds) and not is_complete(plan, rounds) and not _summed_up(plan, len(rounds))
+    return len(rounds) if begun else 0
+
+
 def numbers_to_do(store: Store, chunk: Chunk, number: int, todo: int, results: ResultFormat = "jsonl") -> list[int]:
     """The row numbers that round `number` of the chunk is about: the `todo` rows without a result before it.
 
@@ -222,8 +232,11 @@ def numbers_to_do(store: Store, chunk: Chunk, number: int, todo: int, results: R
     return missing
 
 
-def merged_chunk(plan: Plan, chunk: Chunk, rounds: Sequence[Round]) -> MergedChunk:
-    """Reads and checks all parts of a chunk. Raises PartError, and StorageError (ObjectNotFound: no part)."""
+def merged_chunk(plan: Plan, chunk: Chunk, rounds: Sequence[Round], so_far: bool = False) -> MergedChunk:
+    """Reads and checks all parts of a chunk. Raises PartError, and StorageError (ObjectNotFound: no part).
+
+    `so_far`: where the part of the last round is not there, the rows have the outcomes of the rounds before.
+    """
     if not rounds:
         part = check(plan.store, chunk, results=plan.results)
         return MergedChunk([(0, part)], part.records)
@@ -239,6 +252,8 @@ def merged_chunk(plan: Plan, chunk: Chunk, rounds: Sequence[Round]) -> MergedChu
             part = check(plan.store, chunk, number, numbers, plan.results)
         except ObjectNotFound:
             if number == 0 and last_part(chunk, rounds) != (0, chunk.rows):  # a later round did all of its rows
+                continue
+            if so_far and number == rounds[-1].number and len(latest) == chunk.rows:
                 continue
             raise
         parts.append((number, part))
@@ -282,10 +297,10 @@ def _failures(
     return [latest[row] for row in sorted(latest) if latest[row]["error"] is not None]
 
 
-def merged_chunks(plan: Plan) -> Iterator[MergedChunk]:
+def merged_chunks(plan: Plan, so_far: bool = False) -> Iterator[MergedChunk]:
     """Every chunk, checked, in order; a bounded number of them in memory. Raises PartError and StorageError."""
     rounds = load_rounds(plan)
-    return each_chunk(plan, lambda chunk: merged_chunk(plan, chunk, rounds))
+    return each_chunk(plan, lambda chunk: merged_chunk(plan, chunk, rounds, so_far))
 
 
 def each_chunk(plan: Plan, look: Callable[[Chunk], T]) -> Iterator[T]:
@@ -297,10 +312,11 @@ def each_chunk(plan: Plan, look: Callable[[Chunk], T]) -> Iterator[T]:
             yield from pool.map(look, window)
 
 
-def latest_records(plan: Plan) -> Iterator[dict[str, Any]]:
+def latest_records(plan: Plan, so_far: bool = False) -> Iterator[dict[str, Any]]:
     """The records of an output in manifest order, exactly one per row, the latest round's.
 
-    In memory at once: the records of `_WINDOW` chunks. Raises PartError when something is missing or wrong.
+    In memory at once: the records of `_WINDOW` chunks. Raises PartError when something is missing or wrong; `so_far`:
+    but for parts of the last round (see `merged_chunk`).
     """
-    for chunk in merged_chunks(plan):
+    for chunk in merged_chunks(plan, so_far):
         yield from chunk.records

@@ -73,16 +73,18 @@ def _audit_parts(plan: Plan, rounds: Sequence[Round], audit: Audit) -> Totals:
 
 def _look(plan: Plan, chunk: Chunk, rounds: Sequence[Round]) -> tuple[MergedChunk | None, list[str]]:
     """A chunk's parts, if they can be read, and what is wrong with them."""
+    number, rows = last_part(chunk, rounds)
+    key, last = part_key(chunk.id, number, plan.results), chunk.first_row + chunk.rows - 1
+    which = f"rows {chunk.first_row} to {last}" if rows == chunk.rows else f"{rows} rows of round {number}"
+    missing = f"{key} is missing: {which}"
     try:
-        merged = merged_chunk(plan, chunk, rounds)
+        merged = merged_chunk(plan, chunk, rounds, so_far=True)
     except ObjectNotFound:
-        number, rows = last_part(chunk, rounds)
-        key, last = part_key(chunk.id, number, plan.results), chunk.first_row + chunk.rows - 1
-        which = f"rows {chunk.first_row} to {last}" if rows == chunk.rows else f"{rows} rows of round {number}"
-        return None, [f"{key} is missing: {which}"]
+        return None, [missing]
     except PartError as error:
         return None, [str(error)]
-    return merged, [problem for _, part in merged.parts for problem in _metadata_problems(plan, part.key, part.info)]
+    problems = [problem for _, part in merged.parts for problem in _metadata_problems(plan, part.key, part.info)]
+    return merged, problems if merged.parts[-1][0] == number else [missing, *problems]
 
 
 def _audit_names(plan: Plan, rounds: Sequence[Round], audit: Audit) -> None:

@@ -186,6 +186,8 @@ def given_options(given: Sequence[str] | None) -> dict[str, Any]:
             options[name] = json.loads(value)
         except ValueError:  # a word
             options[name] = value
+        except RecursionError:
+            raise UsageError(f"--option {name}: its value is nested too deeply; no option takes such a one") from None
     return options
 
 

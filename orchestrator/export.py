@@ -1,5 +1,6 @@
 """`blip-batch export`: an output's parts merged into one file, rows in manifest order, the latest round's."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,12 +17,13 @@ from .finalizer import read_summary
 from .jobs import read_job, spec_of
 from .parts import ALTERED, REDO, PartError
 from .plan import Plan, load_plan
-from .rounds import merged_chunks
+from .rounds import merged_chunks, stopped_round
 from .settings import Settings, load_settings
 from .storage import LocalStore, open_object, open_store
 
 _BLOCK: Final = 1000  # records written at once; in Parquet, a row group
 _OURS: Final = ("job.json", "errors.jsonl", "summary.json", "plan/", "results/", "rounds/")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def export(output: str, file: str, settings: Settings | None = None) -> Exported
         raise UsageError(f"{output} holds no job: there is no plan/plan.json")
     write = _writer_of(file, plan, spec_of(record, store).task)
     refuse_our_own(store.root, file)
+    tell_of_stopped_round(plan)
     rows = failed = 0
     try:
         with _target(file, settings) as path, write(path) as writer:
@@ -60,13 +63,13 @@ def export(output: str, file: str, settings: Settings | None = None) -> Exported
 
 
 def records_of(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Every row's record in manifest order, the latest round's.
+    """Every row's record in manifest order, the latest round's that has one.
 
     Raises JobError when a row has no part yet, or a part is not the one that the summary tells of.
     """
     written = _checksums(plan)
     try:
-        for chunk in merged_chunks(plan):
+        for chunk in merged_chunks(plan, so_far=stopped_round(plan) > 0):
             for _, part in chunk.parts:
                 if written.get(part.key, part.info.sha256) != part.info.sha256:
                     raise PartError(f"{plan.store.uri(part.key)}: {ALTERED}")
@@ -81,6 +84,12 @@ def _checksums(plan: Plan) -> dict[str, str]:
         return {part["key"]: part["sha256"] for part in read_summary(plan)["parts"]}
     except ObjectNotFound:
         return {}
+
+
+def tell_of_stopped_round(plan: Plan) -> None:
+    """One line on standard error, unless logging was set up otherwise, where a retry is not done."""
+    if number := stopped_round(plan):
+        log.warning("round %d, a retry, is not complete: rows that it has not done are as before it", number)
 
 
 def _blocks(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

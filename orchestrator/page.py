@@ -17,7 +17,7 @@ from blip_engine.requests import Task
 
 from .contract import JobSpec
 from .errors import FetchError, UsageError
-from .export import records_of, refuse_our_own
+from .export import records_of, refuse_our_own, tell_of_stopped_round
 from .fetch import fetch
 from .jobs import read_job, spec_of
 from .plan import Plan, load_plan
@@ -62,6 +62,7 @@ def write_page(output: str, file: str, sample: int = 24, settings: Settings | No
     if plan is None or job is None:
         raise UsageError(f"{output} holds no job: there is no plan/plan.json")
     refuse_our_own(store.root, file)
+    tell_of_stopped_round(plan)
     spec = spec_of(job, store)
     rows, scores, codes = _Drawn(sample), _Drawn(_SCORES_KEPT), Counter[str]()
     for record in records_of(plan):

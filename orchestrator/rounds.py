@@ -226,6 +226,16 @@ def _lost(plan: Plan, rounds: Sequence[Round]) -> Iterator[int]:
                 yield number
 
 
+def stopped_round(plan: Plan) -> int:
+    """The retry that was begun and is not done, stopped or still at work; 0: none. Raises JobError and StorageError.
+
+    One of which there is a summary was done: where parts of it are missing now, they were lost.
+    """
+    rounds = load_rounds(plan)
+    begun = bool(rounds) and not is_complete(plan, rounds) and not _summed_up(plan, len(rounds))
+    return len(rounds) if begun else 0
+
+
 def numbers_to_do(store: Store, chunk: Chunk, number: int, todo: int, results: ResultFormat = "jsonl") -> list[int]:
     """The row numbers that round `number` of the chunk is about: the `todo` rows without a result before it.
 
@@ -250,8 +260,11 @@ def numbers_to_do(store: Store, chunk: Chunk, number: int, todo: int, results: R
     return missing
 
 
-def merged_chunk(plan: Plan, chunk: Chunk, rounds: Sequence[Round]) -> MergedChunk:
-    """Reads and checks all parts of a chunk. Raises PartError, and StorageError (PartMissing: no part)."""
+def merged_chunk(plan: Plan, chunk: Chunk, rounds: Sequence[Round], so_far: bool = False) -> MergedChunk:
+    """Reads and checks all parts of a chunk. Raises PartError, and StorageError (PartMissing: no part).
+
+    `so_far`: where the part of the last round is not there, the rows have the outcomes of the rounds before.
+    """
     if not rounds:
         try:
             part = check(plan.store, chunk, results=plan.results)
@@ -273,6 +286,8 @@ def merged_chunk(plan: Plan, chunk: Chunk, rounds: Sequence[Round]) -> MergedChu
             part = check(plan.store, chunk, number, numbers, plan.results)
         except ObjectNotFound:
             if number < whole:
+                continue
+            if so_far and number == rounds[-1].number and len(latest) == chunk.rows:
                 continue
             raise PartMissing(plan, chunk, number, rows) from None
         parts.append((number, part))
@@ -324,10 +339,10 @@ def _failures(
     return [latest[row] for row in sorted(latest) if latest[row]["error"] is not None]
 
 
-def merged_chunks(plan: Plan) -> Iterator[MergedChunk]:
+def merged_chunks(plan: Plan, so_far: bool = False) -> Iterator[MergedChunk]:
     """Every chunk, checked, in order; a bounded number of them in memory. Raises PartError and StorageError."""
     rounds = load_rounds(plan)
-    return each_chunk(plan, lambda chunk: merged_chunk(plan, chunk, rounds))
+    return each_chunk(plan, lambda chunk: merged_chunk(plan, chunk, rounds, so_far))
 
 
 def each_chunk(plan: Plan, look: Callable[[Chunk], T]) -> Iterator[T]:

@@ -9,7 +9,17 @@ from .errors import JobError, ObjectNotFound, UsageError
 from .finalizer import Totals, read_summary
 from .parts import ALTERED, PREFIX, REDO, PartError, PartInfo, chunk_of, part_prefix
 from .plan import Plan, load_plan
-from .rounds import MergedChunk, PartMissing, Round, each_chunk, load_rounds, merged_chunk, round_key, wanted_key
+from .rounds import (
+    MergedChunk,
+    PartMissing,
+    Round,
+    each_chunk,
+    last_part,
+    load_rounds,
+    merged_chunk,
+    round_key,
+    wanted_key,
+)
 from .settings import Settings, load_settings
 from .storage import open_store
 
@@ -74,12 +84,16 @@ def _audit_parts(plan: Plan, rounds: Sequence[Round], audit: Audit) -> Totals:
 def _look(plan: Plan, chunk: Chunk, rounds: Sequence[Round]) -> tuple[MergedChunk | None, list[str]]:
     """A chunk's parts, if they can be read, and what is wrong with them."""
     try:
-        merged = merged_chunk(plan, chunk, rounds)
+        merged = merged_chunk(plan, chunk, rounds, so_far=True)
     except PartMissing as error:
         return None, [f"{error}; {REDO}"]
     except PartError as error:
         return None, [str(error)]
-    return merged, [problem for _, part in merged.parts for problem in _metadata_problems(plan, part.key, part.info)]
+    problems = [problem for _, part in merged.parts for problem in _metadata_problems(plan, part.key, part.info)]
+    number, rows = last_part(chunk, rounds)
+    if merged.parts[-1][0] != number:
+        problems.insert(0, f"{PartMissing(plan, chunk, number, rows)}; {REDO}")
+    return merged, problems
 
 
 def _audit_names(plan: Plan, rounds: Sequence[Round], audit: Audit) -> None:

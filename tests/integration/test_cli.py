@@ -200,6 +200,7 @@ def test_plan_of_a_manifest_on_s3(s3_server: S3Server) -> None:
         (["plan", "{tmp}/m.csv", "--rows-per-second", "nan"], "--rows-per-second"),
         (["plan", "{tmp}/m.csv", "--cost-per-hour", "inf"], "--cost-per-hour"),
         (["plan", "{tmp}/m.csv", "--workers", "10000000000"], "--workers"),
+        (["submit", "m", "--task", "caption", "--output", "o", "--option", "x=" + "[" * 100_000], "nested too deeply"),
         (["plan", "/nonexistent", "--model", "no such"], "neither an existing directory nor a hub repository"),
         (["verify", "{tmp}"], "holds no job"),
         (["plan", "{tmp}", "--format", "csv"], "is read as folder, not as csv"),

@@ -14,16 +14,20 @@ import pytest
 from servers import S3Server
 from test_cli import blip_batch, one_line_error
 
-from orchestrator.contract import RESULT_FORMATS, Chunk, Hint, ResultFormat, Row, error_row, result_row
+from orchestrator.contract import RESULT_FORMATS, Chunk, Hint, JobState, ResultFormat, Row, error_row, result_row
 from orchestrator.encoding import encode
 from orchestrator.errors import JobError, StorageError, UsageError
 from orchestrator.export import export
-from orchestrator.jobs import claim_output, make_spec
+from orchestrator.finalizer import finalize
+from orchestrator.jobs import claim_output, make_spec, read_job, spec_of
 from orchestrator.parts import part_key, put_part
 from orchestrator.plan import Plan, make_plan
 from orchestrator.rounds import begin_round
 from orchestrator.settings import load_settings
 from orchestrator.storage import open_store
+from orchestrator.verify import verify
+
+STATE = JobState("job", "finalizing", None, 3, 3, 25, 22, 3)
 
 
 def record(row: Row, task: str, fails: bool) -> dict[str, Any]:
@@ -61,11 +65,11 @@ def output(
     return plan
 
 
-def retry(plan: Plan) -> None:
-    """A second round, in which all but row 13 has a result."""
+def retry(plan: Plan, done: int = 3) -> None:
+    """A second round, in which all but row 13 has a result; stopped after so many of its three chunks."""
     this = begin_round(plan, [])
     assert this is not None
-    for chunk in this.chunks:
+    for chunk in this.chunks[:done]:
         numbers = [n for n in range(chunk * 10, chunk * 10 + 10) if n % 10 == 3]
         put(plan, plan.chunk(chunk), "caption", numbers, lambda number: number == 13, 1)
 
@@ -97,6 +101,43 @@ def test_the_latest_round_wins_in_manifest_order(tmp_path: Path, results: Result
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "a.csv", "a.jsonl", "a.jsonl.gz", "a.parquet", "first.jsonl", "job",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("done", "failed"), [(0, [3, 13, 23]), (1, [13, 23]), (2, [13, 23])])
+def test_rows_that_a_stopped_retry_has_not_done_are_as_before(tmp_path: Path, done: int, failed: list[int]) -> None:
+    plan = output(tmp_path / "job")
+    retry(plan, done)
+    made = blip_batch("export", plan.store.root, tmp_path / "a.jsonl")
+    assert made.returncode == 0, made.stderr
+    assert made.stderr == "round 1, a retry, is not complete: rows that it has not done are as before it\n"
+    found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in found] == list(range(25))
+    assert [row["row"] for row in found if row["error"]] == failed
+    shown = blip_batch("report", plan.store.root, tmp_path / "a.html")
+    assert (shown.returncode, shown.stderr) == (0, made.stderr)
+    assert f"<th>failed<td>{len(failed)}" in (tmp_path / "a.html").read_text()
+    audit = verify(plan.store.root)
+    missing = [f"rounds/1/part-{n:08d}.jsonl is missing: 1 rows of round 1" for n in range(done, 3)]
+    assert audit.problems == [*missing, "summary.json is missing: the job is not complete"]
+    assert (audit.rows_found, audit.failed) == (25, len(failed))
+
+
+def test_a_row_without_any_outcome_is_not_exported(tmp_path: Path) -> None:
+    plan = output(tmp_path / "job")
+    lost = tmp_path / "job/out" / part_key(1)
+    lost.unlink()
+    retry(plan, 1)
+    with pytest.raises(JobError, match=r"part-00000001\.jsonl does not exist: the job is not complete; let it finish"):
+        export(plan.store.root, str(tmp_path / "all.jsonl"))
+
+
+def test_a_part_that_a_complete_retry_has_lost_is_not_exported_as_before_it(tmp_path: Path) -> None:
+    plan = output(tmp_path / "job")
+    retry(plan)
+    assert finalize(spec_of(read_job(plan.store) or {}, plan.store), plan, STATE)
+    (tmp_path / "job/out" / part_key(0, 1)).unlink()
+    with pytest.raises(JobError, match="not complete; let it finish"):
+        export(plan.store.root, str(tmp_path / "all.jsonl"))
 
 
 def test_from_s3_to_s3(s3_server: S3Server, tmp_path: Path) -> None:

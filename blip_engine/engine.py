@@ -7,7 +7,6 @@
 One thread (`steps.py`) takes batches and runs them. Every future settles, whatever happens.
 """
 
-import json
 import logging
 import threading
 import weakref
@@ -38,7 +37,7 @@ from .requests import (
     Task,
     options_for,
 )
-from .resident import MODEL_CLASSES, MOST_IN_GROUP, ResidentModel
+from .resident import MOST_IN_GROUP, ResidentModel, named_task
 from .runner import EmbedRunner, MatchRunner, runner_for
 from .steps import AnyRunner, Entry, Steps
 
@@ -304,9 +303,9 @@ def _stop(steps: Steps, thread: threading.Thread) -> None:
 
 def _task_of(model: str) -> Task:
     """The task a checkpoint's configuration names."""
-    path = find_checkpoint(model).directory / CONFIG_FILE
-    names = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
-    for task, kind in MODEL_CLASSES.items():
-        if kind.__name__ in names:
-            return task
-    raise CheckpointError(f"{path} does not say which task the model serves; name it caption, vqa or itm")
+    directory = find_checkpoint(model).directory
+    if (task := named_task(directory)) is None:
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE} does not say which task the model serves; name it caption, vqa or itm"
+        )
+    return task

@@ -7,9 +7,10 @@ images of pixels are tried (none that runs an interpreter or carries vectors), a
 comes out as one ImageError.
 """
 
+import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Final, TypeAlias
@@ -23,6 +24,12 @@ Pixels: TypeAlias = "np.ndarray[Any, Any]"
 
 #: What `decode_image` takes. A JPEG with several pictures (MPO) counts as JPEG.
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+_SIGNATURES: Final = {
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "GIF": re.compile(rb"GIF8[79]a"),
+    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +47,11 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits(), draft: int = 
     16-bit gray is scaled to 8 bits; 32-bit integers and floats, which have no agreed white, are stretched from their
     darkest to their brightest value. `draft`: pixels; a JPEG may be decoded smaller, by a half, a quarter or an eighth,
     but no side below this. Raises ImageError with the code `image_too_large` (a cap of `limits`),
-    `image_unreadable` (not an image of FORMATS) or `image_truncated` (its header is fine, the rest ends early or is
+    `image_unreadable` (not an image of FORMATS) or `image_truncated` (it begins like one, the rest ends early or is
     damaged: Pillow does not tell these apart).
     """
+    if not data:
+        raise ImageError("image_unreadable", "empty file")
     if len(data) > limits.max_bytes:
         raise ImageError(
             "image_too_large", f"file of {len(data)} bytes; limit {limits.max_bytes} (BLIP_MAX_IMAGE_BYTES)"
@@ -50,7 +59,7 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits(), draft: int = 
     # Pillow warns of odd metadata and of large sizes; the caps here decide, and a loader's stderr stays clean.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _refusals("image_unreadable", "not a readable image"):
+        with _opening(data):
             image = Image.open(BytesIO(data), formats=FORMATS)
         _check_caps(image, data, limits)
         if draft and image.format == "JPEG":
@@ -81,10 +90,18 @@ def _refusals(code: str, what: str) -> Iterator[None]:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # at half of it Pillow warns
         raise ImageError("image_too_large", f"image of more pixels than Pillow decodes ({most})") from None
     except UnidentifiedImageError:
-        raise ImageError(code, f"not an image in one of the formats {', '.join(FORMATS)}") from None
+        raise ImageError(code, what) from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ImageError(code, f"{what}: {reason}") from None
+
+
+def _opening(data: bytes) -> AbstractContextManager[None]:
+    """Pillow names nothing that ends within its header; by its first bytes it may be known all the same."""
+    kind = next((name for name, begins in _SIGNATURES.items() if begins.match(data)), None)
+    if kind is None:
+        return _refusals("image_unreadable", f"not an image in one of the formats {', '.join(FORMATS)}")
+    return _refusals("image_truncated", f"{kind} image that ends too early or is damaged")
 
 
 def _check_caps(image: Image.Image, data: bytes, limits: ImageLimits) -> None:

@@ -7,10 +7,12 @@ rounded up to a power of two, their length to a multiple of LENGTH_STEP. So a re
 its neighbours', and rows never mix: its results are bit for bit the same alone, in a crowd and at any place in it.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any, Final, Generic, TypeVar, cast
 
 import numpy as np
@@ -23,13 +25,13 @@ from .attention import prefers_products, split_heads
 from .cache import CrossKeys
 from .checkpoint import Checkpoint
 from .compiling import compile_layers
-from .config import BlipConfig
+from .config import CONFIG_FILE, BlipConfig
 from .errors import CheckpointError, OptionError
 from .generation import Memory
 from .models import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from .packing import Int8Linear, PackedLinear, can_pack, pack_linears
 from .processor import BlipProcessor
-from .requests import Task
+from .requests import DEFAULT_MODELS, Task
 from .resizing import resized
 from .text import BlipTextModel
 from .text_layers import BlipTextLayer
@@ -49,6 +51,32 @@ MODEL_CLASSES: Final[dict[Task, type[TaskModel]]] = {
     "vqa": BlipForQuestionAnswering,
     "itm": BlipForImageTextRetrieval,
 }
+
+
+_KINDS: Final[dict[Task, str]] = {
+    "caption": "a captioning", "vqa": "a question-answering", "itm": "an image-text matching",
+}  # fmt: skip
+
+
+def named_task(directory: Path) -> Task | None:
+    """The task that a checkpoint's configuration names; None: it names none."""
+    try:
+        names = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))["architectures"]
+        return next((task for task, kind in MODEL_CLASSES.items() if kind.__name__ in names), None)
+    except (OSError, ValueError, KeyError, TypeError):  # whoever loads it will say what is wrong
+        return None
+
+
+def _loaded(checkpoint: Checkpoint, task: Task, dtype: torch.dtype, device: torch.device) -> TaskModel:
+    """The model of that task. Raises CheckpointError, which tells a checkpoint of another kind from a damaged one."""
+    try:
+        return MODEL_CLASSES[task].from_checkpoint(checkpoint, dtype, device)
+    except CheckpointError:
+        named = named_task(checkpoint.directory)
+        if named in {None, task}:
+            raise
+        kinds = f"{_KINDS[named]} checkpoint; task {task} needs {_KINDS[task]} one, such as {DEFAULT_MODELS[task]}"
+        raise CheckpointError(f"{checkpoint.source} is {kinds}") from None
 
 
 def _tokens(config: BlipConfig) -> int:
@@ -148,7 +176,7 @@ class ResidentModel(Generic[ModelT]):
         compiled: bool = False,
     ) -> None:
         """`compiled`: have the vision tower compiled now, if that is possible here."""
-        self.model: ModelT = MODEL_CLASSES[task].from_checkpoint(checkpoint, dtype, device)  # type: ignore[assignment]
+        self.model: ModelT = _loaded(checkpoint, task, dtype, device)  # type: ignore[assignment]
         if image_size is not None:
             self.model.vision_model.resize_images(image_size)
         self.processor = BlipProcessor.from_directory(checkpoint.directory)

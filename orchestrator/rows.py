@@ -88,7 +88,7 @@ def _parse_row(
             _read_cells(raw, task)
         image = raw.get("image")
         if not isinstance(image, str) or not image.strip():
-            raise _BadRowError("row_invalid", "the row has no `image`")
+            raise _BadRowError("row_invalid", _no_image(image))
         if len(image) > MAX_URI:
             raise _BadRowError("row_invalid", f"`image` has more than {MAX_URI} characters")
         row_id = _row_id(raw)
@@ -97,6 +97,12 @@ def _parse_row(
     except _BadRowError as error:
         return _bad(number, error, error.known or raw, line)
     return Row(number, image, row_id, texts, several, _passthrough(raw), candidates)
+
+
+def _no_image(value: object) -> str:
+    if value is None or isinstance(value, str):
+        return "the row has no `image`"
+    return f"`image` must be a string, a path or an s3:// URI, not {json.dumps(value)[:50]}"
 
 
 def _bad(number: int, error: _BadRowError, raw: dict[str, Any] | None, line: bytes) -> BadRow:
@@ -226,7 +232,7 @@ def _texts(raw: dict[str, Any], task: Task) -> tuple[tuple[str, ...], bool]:
             raise _BadRowError("row_invalid", f"`{many}` must be a list of at most {MAX_TEXTS} strings")
         if not texts:
             raise _BadRowError("text_missing", f"`{many}` is empty")
-        return tuple(_text(text, many, task) for text in texts), True
+        return tuple(_text(text, many, task, place) for place, text in enumerate(texts)), True
     return (_text(raw.get(one), one, task),), False
 
 
@@ -240,20 +246,22 @@ def _candidates(raw: dict[str, Any]) -> tuple[str, ...]:
             "row_invalid",
             f"`answers`, to choose from, must be a list of 1 to {MAX_CANDIDATES} strings; else leave it out",
         )
-    return tuple(_text(answer, "answers", "vqa") for answer in answers)
+    return tuple(_text(answer, "answers", "vqa", place) for place, answer in enumerate(answers))
 
 
-def _text(value: object, key: str, task: Task) -> str:
+def _text(value: object, key: str, task: Task, place: int | None = None) -> str:
+    """`place`: in the list of that key."""
     if value is None and task in _TEXT_OPTIONAL:
         return ""
+    name = key if place is None else f"{key}[{place}]"
     if value is None:
-        raise _BadRowError("text_missing", f"the row has no `{key}`")
+        raise _BadRowError("text_missing", f"the row has no `{name}`")
     if not isinstance(value, str):
-        raise _BadRowError("row_invalid", f"`{key}` must be a string")
+        raise _BadRowError("row_invalid", f"`{name}` must be a string")
     if not value.strip() and task not in _TEXT_OPTIONAL:
-        raise _BadRowError("text_missing", f"`{key}` is blank")
+        raise _BadRowError("text_missing", f"`{name}` is blank")
     if len(value) > MAX_TEXT:
-        raise _BadRowError("text_too_long", f"`{key}` has more than {MAX_TEXT} characters")
+        raise _BadRowError("text_too_long", f"`{name}` has more than {MAX_TEXT} characters")
     return value
 
 

@@ -158,7 +158,13 @@ def check_names(where: str, names: Sequence[str], columns: Mapping[str, str]) ->
     for key, name in {"image": "image", **columns}.items():
         if name not in names:
             there = ", ".join(names[:20]) or "none"
-            way_out = f"name one with --column {key}=NAME" + (
-                "; a headerless bucket,key file needs --format s3-batch" if key == "image" else ""
-            )
-            raise ManifestError(f"{where} has no column `{name}`, but {there}; {way_out}")
+            raise ManifestError(f"{where} has no column `{name}`, but {there}; {_way_out(key, names)}")
+
+
+def _way_out(key: str, names: Sequence[str]) -> str:
+    """What to do where a table's `names` lack that of `key`."""
+    mark = next((mark for mark in ";|" if len(names) == 1 and mark in names[0]), None)
+    if mark:
+        return f"its cells seem to be separated by `{mark}`: write it with commas, or with tabs and --format tsv"
+    headerless = "; a headerless bucket,key file needs --format s3-batch" if key == "image" else ""
+    return f"name one with --column {key}=NAME{headerless}"

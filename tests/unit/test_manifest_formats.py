@@ -87,6 +87,13 @@ def test_a_given_format_is_not_detected() -> None:
         ("m.csv", b"\n\nid,url\n", None, {}, "line 3: the header|line 1: the header"),
         ("m.csv", b"image,url\n", None, {"image": "link"}, "no column `link`, but image, url"),
         ("m.csv", b"image,id,id\n", None, {}, "`id` twice"),
+        (
+            "m.csv",
+            b"image;id\na.jpg;1\n",
+            None,
+            {},
+            "but image;id; its cells seem to be separated by `;`: ",
+        ),
         ("m.txt", b"a.jpg\n", None, {"image": "url"}, "no columns to rename"),
         ("m.parquet", b"image\na\n", "parquet", {}, "does not begin with PAR1"),
         ("m.parquet", b"PAR1\x15\x04", "csv", {}, "is Parquet, not csv"),

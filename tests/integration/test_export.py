@@ -20,7 +20,7 @@ from orchestrator.errors import JobError, StorageError, UsageError
 from orchestrator.export import export
 from orchestrator.finalizer import finalize
 from orchestrator.jobs import claim_output, make_spec, read_job, spec_of
-from orchestrator.parts import part_key, put_part
+from orchestrator.parts import REDO, part_key, put_part
 from orchestrator.plan import Plan, make_plan
 from orchestrator.rounds import begin_round
 from orchestrator.settings import load_settings
@@ -117,7 +117,7 @@ def test_rows_that_a_stopped_retry_has_not_done_are_as_before(tmp_path: Path, do
     assert (shown.returncode, shown.stderr) == (0, made.stderr)
     assert f"<th>failed<td>{len(failed)}" in (tmp_path / "a.html").read_text()
     audit = verify(plan.store.root)
-    missing = [f"rounds/1/part-{n:08d}.jsonl is missing: 1 rows of round 1" for n in range(done, 3)]
+    missing = [f"{plan.store.uri(part_key(n, 1))} is missing: 1 rows of round 1; {REDO}" for n in range(done, 3)]
     assert audit.problems == [*missing, "summary.json is missing: the job is not complete"]
     assert (audit.rows_found, audit.failed) == (25, len(failed))
 
@@ -127,7 +127,7 @@ def test_a_row_without_any_outcome_is_not_exported(tmp_path: Path) -> None:
     lost = tmp_path / "job/out" / part_key(1)
     lost.unlink()
     retry(plan, 1)
-    with pytest.raises(JobError, match=r"part-00000001\.jsonl does not exist: the job is not complete; let it finish"):
+    with pytest.raises(JobError, match=r"part-00000001\.jsonl is missing: rows 10 to 19; let the job finish"):
         export(plan.store.root, str(tmp_path / "all.jsonl"))
 
 
@@ -136,7 +136,7 @@ def test_a_part_that_a_complete_retry_has_lost_is_not_exported_as_before_it(tmp_
     retry(plan)
     assert finalize(spec_of(read_job(plan.store) or {}, plan.store), plan, STATE)
     (tmp_path / "job/out" / part_key(0, 1)).unlink()
-    with pytest.raises(JobError, match="not complete; let it finish"):
+    with pytest.raises(JobError, match="is missing: 1 rows of round 1; let the job finish"):
         export(plan.store.root, str(tmp_path / "all.jsonl"))
 
 

@@ -38,6 +38,7 @@ from .manifest import require_rows
 from .pace import Pace
 from .plan import Plan, read_whole
 from .reconcile import reconcile
+from .roster import Roster
 from .rounds import begin_wanted
 from .scheduling import Demand, Workers, chunk_rows_for, rooms, route, slots_per_worker, speed_key
 from .settings import Settings
@@ -76,6 +77,7 @@ class Controller:
         self.ledger = Ledger.connect(settings)
         self.owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._celery = make_celery(settings)
+        self._roster = Roster(self.ledger)
         self._specs: dict[str, JobSpec] = {}  # unfinished jobs: what brings them back to a Redis that lost everything
         self._works: dict[str, Work] = {}
         self._unreadable: set[str] = set()  # jobs that were told of
@@ -124,10 +126,11 @@ class Controller:
         """
         epoch = self.ledger.lead(self.owner, self.settings.lead_seconds)
         jobs = self._unfinished(epoch is not None)
+        workers = self._roster.look() if any(state.status == "in_progress" for _, state in jobs) else {}
         if epoch is None:
             return False
         self._pace.saw({spec.id: state.status for spec, state in jobs})
-        this = self._new_step(epoch, jobs)
+        this = self._new_step(epoch, jobs, workers)
         try:
             self._forget_ended(epoch)
             begun = [self._advance(spec, state, this) for spec, state in jobs]
@@ -177,6 +180,7 @@ class Controller:
             return False
         log.warning("%s: Redis lost this job; rebuilding it from storage", job)
         self._to_pause |= {job} & self._paused
+        self._roster.recall()
         return True
 
     def _spec(self, job: str) -> JobSpec | None:
@@ -203,9 +207,8 @@ class Controller:
             if count := self.ledger.forget_ended(epoch, self.settings.job_retention_seconds):
                 log.info("%d jobs ended long ago; Redis knows of them no more", count)
 
-    def _new_step(self, epoch: str, jobs: Sequence[tuple[JobSpec, JobState]]) -> Step:
+    def _new_step(self, epoch: str, jobs: Sequence[tuple[JobSpec, JobState]], workers: Workers) -> Step:
         working = [(spec, state) for spec, state in jobs if state.status == "in_progress"]
-        workers = self.ledger.live_workers() if working else {}
         this = Step(epoch, workers, self._rooms(working, workers), monotonic() >= self._next_reconcile, {})
         if this.reconcile:
             self._next_reconcile = monotonic() + self.settings.reconcile_seconds

@@ -1,6 +1,7 @@
 """Control loops that take over from each other, and jobs that several people change at once."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from orchestrator import lifecycle
 from orchestrator.control import Controller
 from orchestrator.errors import JobConflict
 from orchestrator.jobs import submit
+from orchestrator.ledger import QUEUE, Ledger
 from orchestrator.recover import recover
+from orchestrator.roster import Roster
+from orchestrator.scheduling import LEAST_IN_FLIGHT, queue_of
 from orchestrator.settings import Settings, load_settings
 
 
@@ -143,3 +147,39 @@ def test_a_removed_output_may_be_done_with_another_model(
     submit(ledger, spec, settings)
     advance(controller, job, lambda state: state.status == "in_progress")
     assert ledger.report_model(job, {"weights_sha256": "e" * 64})
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_after_flushall_hints_go_to_the_workers_of_their_model_before_these_have_reported_again(
+    redis_server: RedisServer, settings: Settings, controller: Controller, tmp_path: Path, leads: bool
+) -> None:
+    """Also where the loop that takes over had only followed."""
+    ledger, other = controller.ledger, Controller(settings)
+    job = submit(ledger, caption_spec(write_manifest(tmp_path, 300), tmp_path / "out"), settings)
+    pool = {"slots": 2, "only": ["demo"]}
+    ledger.worker_seen("pool", pool)
+    advance(controller, job, lambda _: ledger.queue_length(queue_of("demo")) == LEAST_IN_FLIGHT)
+    assert not other.step()
+    redis_server.client().flushall()
+    loop = controller if leads else other
+    advance(loop, job, lambda _: ledger.queue_length(queue_of("demo")) + ledger.queue_length(QUEUE) > 0)
+    assert (ledger.queue_length(queue_of("demo")), ledger.queue_length(QUEUE)) == (LEAST_IN_FLIGHT, 0)
+    other.close()
+
+
+def test_workers_that_do_not_report_again_are_not_waited_for(
+    redis_server: RedisServer, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger.connect(settings)
+    found = Roster(ledger)
+    ledger.worker_seen("gone", {"slots": 2})
+    assert list(found.look()) == ["gone"]
+    redis_server.client().flushall()
+    assert list(found.look()) == []
+    found.recall()
+    ledger.worker_seen("new", {"slots": 1})
+    assert sorted(found.look()) == ["gone", "new"]
+    now = time.monotonic()
+    monkeypatch.setattr("orchestrator.roster.monotonic", lambda: now + 11)
+    assert list(found.look()) == ["new"]
+    ledger.close()

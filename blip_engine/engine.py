@@ -23,7 +23,7 @@ from .config import CONFIG_FILE
 from .errors import CheckpointError, EngineClosedError, InputError, OptionError
 from .filtering import submit_capfilt
 from .inputs import ImageLike, choices_of, listed, pixels_of
-from .precision import choose_device, choose_dtype
+from .precision import choose_device, choose_dtype, name_of
 from .requests import (
     DEMO_MODEL,
     TASKS,
@@ -56,6 +56,8 @@ class ModelInfo:
     revision: str | None  # the hub's commit
     weights_sha256: str
     image_size: tuple[int, int]  # height and width the model takes, pixels
+    precision: str = ""  # fp32, bf16, fp16 or int8
+    device: str = ""  # cpu or cuda
 
 
 class Engine:
@@ -143,7 +145,10 @@ class Engine:
             resident: ResidentModel[Any] = self._steps.call(
                 lambda: ResidentModel(checkpoint, task, self.device, self.dtype, image_size, self._int8, self._compiled)
             ).result()
-        info = ModelInfo(name, task, model, checkpoint.revision, digest.result(), resident.image_size)
+        info = ModelInfo(
+            name, task, model, checkpoint.revision, digest.result(), resident.image_size,
+            name_of(self.dtype, self._int8), self.device.type,
+        )  # fmt: skip
         self._runners[name] = runner_for(task, resident)
         self._steps.runners.append(self._runners[name])
         if task == "itm":

@@ -23,12 +23,15 @@ class BatchFeature(UserDict[str, Any]):
     # The dictionary's own: those of UserDict show all values where names are asked for.
 
     def keys(self) -> KeysView[str]:
+        """Names."""
         return self.data.keys()
 
     def values(self) -> ValuesView[Any]:
+        """Arrays."""
         return self.data.values()
 
     def items(self) -> ItemsView[str, Any]:
+        """Names with arrays."""
         return self.data.items()
 
     def to(

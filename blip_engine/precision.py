@@ -49,6 +49,11 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
 
 
+def name_of(dtype: torch.dtype, int8: bool) -> str:
+    """What `choose_dtype` was asked for, or chose."""
+    return "int8" if int8 else next(name for name, known in _DTYPES.items() if known == dtype)
+
+
 def cpu_features() -> Mapping[str, object]:
     """What this processor can do, by name (`avx512_bf16`, `amx_bf16`); nothing is known where torch cannot say."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

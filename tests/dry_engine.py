@@ -28,6 +28,8 @@ class ModelInfo:
     revision: str | None
     weights_sha256: str
     image_size: tuple[int, int]
+    precision: str
+    device: str = "cpu"
 
 
 class Engine:
@@ -36,6 +38,7 @@ class Engine:
     def __init__(self, device: str = "auto", precision: str = "auto", compiled: bool | None = None) -> None:
         if {"broken", "cuda:99"} & {device, precision}:
             raise RuntimeError("no such device")
+        self._precision = precision
         self.on_batch: Callable[[BatchReport], None] | None = None
         self._queue: queue.SimpleQueue[tuple[Request, Future[list[Result]]]] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
@@ -48,7 +51,7 @@ class Engine:
         while (order := Path(model, "order:load slowly")).exists():  # until the test takes it away
             order.with_name("loading").touch()
             time.sleep(0.02)
-        return ModelInfo(name, task, model, None, "0" * 64, (32, 32))
+        return ModelInfo(name, task, model, None, "0" * 64, (32, 32), self._precision)
 
     def submit(self, request: Request) -> "Future[list[Result]]":
         future: Future[list[Result]] = Future()

@@ -82,7 +82,10 @@ class _Server:
     def _load(self, load: Load) -> None:
         try:
             info = self._engine.load_model(load.name, load.model, load.task)
-            found = Checkpoint(load.name, info.source, info.revision, info.weights_sha256, tuple(info.image_size))
+            found = Checkpoint(
+                load.name, info.source, info.revision, info.weights_sha256, tuple(info.image_size),
+                precision=info.precision, device=info.device,
+            )  # fmt: skip
             self._send("loaded", (load.name, found))
         except BlipError as error:  # fails the job that named this model
             self._send("refused", (load.name, str(error)))

@@ -1,6 +1,6 @@
 """What crosses between the worker's processes. Light: a loader imports it, and so does the parent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from blip_engine.errors import CheckpointError
@@ -53,6 +53,8 @@ class Checkpoint:
     weights_sha256: str
     image_size: tuple[int, int]  # height, width
     judge: str = ""  # the other one's name, where a task needs two
+    precision: str = ""
+    device: str = ""  # cpu or cuda
 
     def judged_by(self, other: "Checkpoint") -> "Checkpoint":
         """This one and the filter of its captions as one. Raises CheckpointError when one image cannot serve both."""
@@ -61,7 +63,8 @@ class Checkpoint:
             raise CheckpointError(f"{sizes}: a captioner and its filter must take images of one size")
         revision = f"{self.revision}+{other.revision}" if self.revision and other.revision else None
         weights = f"{self.weights_sha256}+{other.weights_sha256}"
-        return Checkpoint(self.name, f"{self.source}+{other.source}", revision, weights, self.image_size, other.name)
+        source = f"{self.source}+{other.source}"
+        return replace(self, source=source, revision=revision, weights_sha256=weights, judge=other.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """A job as a worker sees it: its spec, plan, output and checkpoint. Opened once, used by all of its chunks."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from orchestrator.settings import Settings
 from orchestrator.storage import Store, open_store
 
 from .messages import Checkpoint
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -64,6 +67,8 @@ class OpenJob:
             "source": checkpoint.source,
             "revision": checkpoint.revision,
             "weights_sha256": checkpoint.weights_sha256,
+            "precision": checkpoint.precision,
+            "device": checkpoint.device,
         }
         if not ledger.report_model(self.spec.id, info):
             raise JobError(
@@ -71,6 +76,10 @@ class OpenJob:
                 f"model {self.spec.model!r} has other weights now than when the job began; pin its @revision, or "
                 "choose another output",
             )
+        state = ledger.state(self.spec.id)
+        began = (state.model or {}).get("precision") if state is not None else None
+        if began not in (None, checkpoint.precision):  # no fault: a pool may be of several kinds of machines
+            _log.warning("this job began in %s: scores of %s differ a little", began, checkpoint.precision)
         self.checkpoint = checkpoint
 
 

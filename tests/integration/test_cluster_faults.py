@@ -260,6 +260,21 @@ def test_redis_killed_and_empty_again_in_mid_job(cluster: Cluster, redis_server:
     expect_whole(tmp_path / "out", 120)
 
 
+def test_workers_of_two_precisions_share_a_job_and_say_so(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.start_orchestrator()
+    first = cluster.start_worker(BLIP_PRECISION="bf16")
+    job = cluster.submit(simple_job(tmp_path / "in", 60, prompt="order:slow"), tmp_path / "out").id
+    cluster.until(job, lambda state: state.chunks_done >= 1)
+    first.terminate()
+    assert first.wait(30) == 0
+    cluster.start_worker(BLIP_PRECISION="fp32")
+    assert cluster.until_ended(job).status == "completed"
+    assert "this job began in bf16: scores of fp32 differ a little" in cluster.logs()
+    model = json.loads((tmp_path / "out/job.json").read_text())["model"]
+    assert (model["precision"], model["device"]) == ("bf16", "cpu")
+    expect_whole(tmp_path / "out", 60)
+
+
 @pytest.mark.parametrize("change", [{"task": "segment"}, {"options": {"segments": 3}}])
 def test_a_job_of_another_version_waits_for_a_worker_of_that_version(
     cluster: Cluster, redis_server: RedisServer, tmp_path: Path, change: dict[str, object]

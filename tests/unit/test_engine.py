@@ -341,7 +341,9 @@ class TestLife:
             with pytest.raises(InputError, match="no model 'vqa' is loaded; there is: mine, caption"):
                 engine.answer(IMAGES[:1], QUESTIONS[:1])
             info = engine.load_model("caption", str(checkpoints / "caption"), "caption")
-            assert info == ModelInfo("caption", "caption", models["caption"], None, info.weights_sha256, (32, 32))
+            assert info == ModelInfo(
+                "caption", "caption", models["caption"], None, info.weights_sha256, (32, 32), "fp32", "cpu"
+            )
             assert engine.load_model("caption", str(checkpoints / "caption"), "caption") is info
             with pytest.raises(CheckpointError, match=f"the name 'caption' is taken by {checkpoints / 'caption'}"):
                 engine.load_model("caption", str(checkpoints / "vqa"), "caption")

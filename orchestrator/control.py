@@ -247,6 +247,9 @@ class Controller:
         """Begins what the job's status asks for; a task that is soon done is returned."""
         match state.status:
             case "in_progress":
+                if (work := self._works.get(spec.id)) is not None and not work.counted:  # Redis lost a huge job
+                    count = partial(work.count, self.ledger, spec.id, this.epoch)
+                    self._begin(self._slow_lane, spec, this.epoch, count)
                 return self._begin(self._work_lane, spec, this.epoch, lambda: self._work(spec, state, this))
             case "validating":
                 self._begin(self._slow_lane, spec, this.epoch, lambda: self._prepare(spec, this.epoch))
@@ -277,7 +280,7 @@ class Controller:
         if state.model is not None and spec.id not in self._recorded:
             complete_job_record(work.plan.store, work.plan, state)
             self._recorded.add(spec.id)
-        if state.chunks_done == state.chunks:
+        if state.chunks_done == state.chunks and work.counted:
             self.ledger.set_status(spec.id, "finalizing", epoch=this.epoch)
             return
         key, slots = speed_key(spec.task, spec.model), slots_per_worker(this.workers)

@@ -20,6 +20,7 @@ and timed by Redis's own clock. Keys, for a job <id>:
     blip:job:<id>:leases       HASH  chunk -> "fence deadline rows worker"; kept after its deadline, until someone
                                      takes the chunk over, as the trace of a dead worker
     blip:job:<id>:attempts     HASH  chunk -> starts, drained ones not counted
+    blip:job:<id>:uncounted    LIST  chunks done before Redis was lost, whose failed rows are still to be asked
     blip:job:<id>:cursor       HASH  chunk -> turn that its worker is at, when it goes in turns after a death: a row
                                      alone, or, negative, ~ the first row of a group
     blip:job:<id>:blame        HASH  "chunk:turn" -> workers that died in this turn
@@ -273,7 +274,7 @@ class Ledger:
         return epoch
 
     def reset(self, job: str, epoch: str, plan: str, chunks: int, rows: int, round_number: int = 0) -> None:
-        """Sets the job's plan and round and forgets all work; `mark` then brings back what storage holds.
+        """Sets the job's plan and round and forgets all work; `restore` then brings back what storage holds.
 
         In a round after the first, `open` then says what there is to do.
         """
@@ -296,6 +297,22 @@ class Ledger:
         """(chunk, rows) that this round is about."""
         flat = (number for chunk in chunks for number in chunk)
         self._fresh(self._run("open", job, epoch, plan, round_number, *flat))
+
+    def restore(self, job: str, epoch: str, plan: str, done: Iterable[tuple[int, int]], round_number: int = 0) -> None:
+        """(chunk, rows) whose parts a listing shows: they count as completed until `count` says how many failed."""
+        flat = (number for chunk in done for number in chunk)
+        self._fresh(self._run("restore", job, epoch, plan, round_number, *flat))
+
+    def uncounted(self, job: str, most: int) -> list[int]:
+        """The next chunks to `count`, in that order."""
+        return _ints(self._ask(lambda: self._redis.lrange(_key(job) + ":uncounted", 0, most - 1)))
+
+    def count(
+        self, job: str, epoch: str, plan: str, failed: Iterable[tuple[int, int, str]], round_number: int = 0
+    ) -> None:
+        """(chunk, failed, codes) of restored chunks, each counted once."""
+        flat = (value for part in failed for value in part)
+        self._fresh(self._run("count", job, epoch, plan, round_number, *flat))
 
     def mark(
         self, job: str, epoch: str, plan: str, done: Iterable[tuple[int, int, int, str]], round_number: int = 0

@@ -1,17 +1,15 @@
 """Chunks that are overdue: a worker died at them, or their hint was lost. Found in storage, or handed out again."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Final
 
 from .ledger import Ledger
-from .parts import PartInfo, describe, part_key
-from .stopping import as_here, go_on
+from .rounds import parts_of
+from .stopping import go_on
 from .work import Work, counts
 
-_LOOKS: Final = 16  # parts asked for at once
 _BATCH: Final = 50  # chunks that are handed out again as soon as they are known to be lost
 _SECONDS: Final = 5.0  # then the job is to be fed again; what is left is overdue the next time too
 
@@ -31,7 +29,7 @@ def reconcile(
         if monotonic() > until:
             return
         lost = []
-        for chunk, part in _look(work, overdue[begin : begin + _BATCH]):
+        for chunk, part in parts_of(work.plan, overdue[begin : begin + _BATCH], work.number):
             if part is None:
                 lost.append(chunk)
             elif ledger.mark(job, epoch, work.plan.hash, [counts(part)], work.number):
@@ -42,11 +40,3 @@ def reconcile(
             again = ledger.requeue(job, epoch, lost)
             publish(again)
             ledger.add_total("requeued", len(again))
-
-
-def _look(work: Work, chunks: Sequence[int]) -> Iterator[tuple[int, PartInfo | None]]:
-    """The chunks with their parts, asked for at once: each answer of an object store takes a while."""
-    plan = work.plan
-    with ThreadPoolExecutor(min(_LOOKS, len(chunks)), "overdue", initializer=as_here()) as pool:
-        keys = (part_key(chunk, work.number, plan.results) for chunk in chunks)
-        yield from zip(chunks, pool.map(lambda key: describe(plan.store, key, plan.hash), keys), strict=True)

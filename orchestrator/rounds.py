@@ -23,13 +23,14 @@ from .contract import Chunk, ResultFormat
 from .errors import JobError, ObjectNotFound
 from .parts import CheckedPart, PartError, PartInfo, check, chunk_of, describe, part_key, part_prefix, read_part
 from .plan import Plan
-from .stopping import as_here, go_on
+from .stopping import as_here
 from .storage import LocalStore, Store
 
 T = TypeVar("T")
 
 SUMMARY_KEY: Final = "summary.json"  # what `finalizer` writes once every part is there
 _READERS: Final = 8
+_LOOKS: Final = 16  # parts asked for at once
 _WINDOW: Final = 2 * _READERS  # chunks held in memory at once
 _FEW: Final = 2000  # parts that can be asked one by one while someone waits for the answer
 _BLOCK: Final = 10_000  # chunks that share all but the last four digits of their parts' names: listed together
@@ -194,15 +195,11 @@ def present_chunks(plan: Plan, number: int = 0, block: int | None = None) -> set
     return {chunk for chunk in found if chunk is not None and chunk < plan.chunks}
 
 
-def existing_parts(plan: Plan, number: int = 0) -> Iterator[PartInfo]:
-    """What is known of the round's parts, in order; only a window of them is looked at ahead."""
-    chunks = iter(sorted(present_chunks(plan, number)))
-    with ThreadPoolExecutor(_READERS, "parts", initializer=as_here()) as pool:
-        while window := list(islice(chunks, 32 * _READERS)):
-            go_on()
-            keys = (part_key(chunk, number, plan.results) for chunk in window)
-            found = pool.map(lambda key: describe(plan.store, key, plan.hash), keys)
-            yield from (part for part in found if part is not None)
+def parts_of(plan: Plan, chunks: Sequence[int], number: int = 0) -> Iterator[tuple[int, PartInfo | None]]:
+    """Chunks with their parts of the round, asked for at once: each answer of an object store takes a while."""
+    keys = (part_key(chunk, number, plan.results) for chunk in chunks)
+    with ThreadPoolExecutor(min(_LOOKS, len(chunks)), "parts", initializer=as_here()) as pool:
+        yield from zip(chunks, pool.map(lambda key: describe(plan.store, key, plan.hash), keys), strict=True)
 
 
 def is_complete(plan: Plan, rounds: Sequence[Round]) -> bool:

@@ -181,9 +181,17 @@ class LocalStore(Store):
             key = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir(follow_symlinks=False):
                 yield from self._walk(key)
-            elif entry.is_file():
-                info = entry.stat()
+            elif (info := _stat(entry)) is not None and stat.S_ISREG(info.st_mode):
                 yield ObjectInfo(key, info.st_size, _etag(info))
+
+
+def _stat(entry: "os.DirEntry[str]") -> os.stat_result | None:
+    """None: a link to nothing, or one that vanished since its folder was read."""
+    try:
+        with _errors_of(Path(entry.path)):
+            return entry.stat()
+    except ObjectNotFound:
+        return None
 
 
 def _etag(info: os.stat_result) -> str:

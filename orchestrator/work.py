@@ -9,20 +9,22 @@ from .errors import JobError
 from .ledger import Ledger
 from .parts import PartInfo
 from .plan import Plan, load_plan
-from .rounds import Round, existing_parts, load_rounds
+from .rounds import Round, load_rounds, parts_of, present_chunks
 from .settings import Settings
 from .stopping import go_on
 from .storage import open_store
 
 _BATCH: Final = 500  # chunks named in one call of a script
+_FEW: Final = 1000  # parts that are soon asked
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
     """In the first round all of a job's plan, later what the last round is about."""
 
     plan: Plan
     rounds: list[Round]
+    counted: bool = False  # whether the ledger knows of each part how many rows failed
 
     @classmethod
     def load(cls, spec: JobSpec, state: JobState, settings: Settings) -> "Work":
@@ -47,7 +49,10 @@ class Work:
         return Hint.of(job, self.plan.hash, self.plan.chunk(chunk), self.number, todo)
 
     def restore(self, ledger: Ledger, job: str, epoch: str) -> int:
-        """Tells the ledger what there is to do, and what of it storage holds already: so many parts."""
+        """Tells the ledger what there is to do, and what of it storage holds already: so many parts.
+
+        They are listed, a thousand at once; where they are many, `count` asks them one by one while workers go on.
+        """
         plan, number, restored = self.plan, self.number, 0
         ledger.reset(job, epoch, plan.hash, plan.chunks, plan.rows, number)
         if self.rounds:
@@ -55,12 +60,29 @@ class Work:
             while batch := list(islice(to_do, _BATCH)):
                 go_on()
                 ledger.open(job, epoch, plan.hash, number, batch)
-        parts = existing_parts(plan, number)
-        while found := [counts(part) for part in islice(parts, _BATCH)]:
+        present = iter(sorted(present_chunks(plan, number)))
+        while found := [(chunk, self._rows_of(chunk)) for chunk in islice(present, _BATCH)]:
             go_on()
-            ledger.mark(job, epoch, plan.hash, found, number)
+            ledger.restore(job, epoch, plan.hash, found, number)
             restored += len(found)
+        if restored <= _FEW:
+            self.count(ledger, job, epoch)
         return restored
+
+    def _rows_of(self, chunk: int) -> int:
+        return self.rounds[-1].rows_of(chunk) if self.rounds else self.plan.chunk(chunk).rows
+
+    def count(self, ledger: Ledger, job: str, epoch: str) -> None:
+        """Counts the failed rows of the parts that `restore` found; of a huge job that takes minutes.
+
+        It may be killed, and goes on from there. A part that has vanished is the finalizer's to notice.
+        """
+        while chunks := ledger.uncounted(job, _BATCH):
+            go_on()
+            parts = parts_of(self.plan, chunks, self.number)
+            failed = [(chunk, part.failed, part.codes) if part else (chunk, 0, "") for chunk, part in parts]
+            ledger.count(job, epoch, self.plan.hash, failed, self.number)
+        self.counted = True
 
 
 def counts(part: PartInfo) -> tuple[int, int, int, str]:

@@ -37,7 +37,9 @@ end
 
 -- Drops what only a job at work needs.
 local function drop_work(job)
-  for _, part in ipairs({':inflight', ':leases', ':attempts', ':cursor', ':blame'}) do redis.call('DEL', job .. part) end
+  for _, part in ipairs({':inflight', ':leases', ':attempts', ':cursor', ':blame', ':uncounted'}) do
+    redis.call('DEL', job .. part)
+  end
 end
 
 -- Whether the job is at this round of this plan.
@@ -46,7 +48,12 @@ local function is_round(job, plan, round)
   return at[1] == plan and (at[2] or '0') == round
 end
 
--- Sets a chunk's bit and counts its rows, the first time only. Codes of errors are "code=rows,code=rows".
+-- Codes of errors are "code=rows,code=rows".
+local function count_codes(job, codes)
+  for code, rows in string.gmatch(codes, '([%w_]+)=(%d+)') do redis.call('HINCRBY', job .. ':codes', code, rows) end
+end
+
+-- Sets a chunk's bit and counts its rows, the first time only.
 local function mark_done(job, chunk, completed, failed, codes)
   redis.call('HDEL', job .. ':leases', chunk)
   redis.call('HDEL', job .. ':attempts', chunk)
@@ -57,6 +64,6 @@ local function mark_done(job, chunk, completed, failed, codes)
   redis.call('HINCRBY', job, 'chunks_done', 1)
   redis.call('HINCRBY', job, 'completed', completed)
   redis.call('HINCRBY', job, 'failed', failed)
-  for code, rows in string.gmatch(codes, '([%w_]+)=(%d+)') do redis.call('HINCRBY', job .. ':codes', code, rows) end
+  count_codes(job, codes)
   return 1
 end

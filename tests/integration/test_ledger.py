@@ -366,3 +366,27 @@ def test_jobs_that_ended_long_ago_are_forgotten(ledger: Ledger) -> None:
     assert ledger.create_job(spec("job-1", "/job-1"))
     with pytest.raises(StaleEpochError):
         ledger.forget_ended("1", 0)
+
+
+def test_failed_rows_of_restored_chunks_are_counted_once(ledger: Ledger) -> None:
+    epoch = begin(ledger)
+    ledger.restore("job-1", epoch, PLAN, [(2, 10), (3, 10), (4, 10)])
+    ledger.restore("job-1", epoch, PLAN, [(3, 10)])
+    assert ledger.acquire(HINT, "w1") == "done"
+    assert not ledger.commit(HINT, 10, 0)
+    assert ledger.uncounted("job-1", 2) == [2, 3]
+    for _ in range(2):  # the second time as after an answer that was lost
+        ledger.count("job-1", epoch, PLAN, [(2, 1, "crashed=1"), (3, 4, "crashed=1,internal=3")])
+    state = ledger.state("job-1")
+    assert state is not None
+    assert (state.chunks_done, state.completed, state.failed) == (3, 25, 5)
+    assert ledger.error_codes("job-1") == {"internal": 3, "crashed": 2}
+    assert ledger.uncounted("job-1", 9) == [4]
+    for late in (
+        lambda: ledger.count("job-1", "0", PLAN, [(4, 1, "")]),
+        lambda: ledger.restore("job-1", "0", PLAN, []),
+    ):
+        with pytest.raises(StaleEpochError):
+            late()
+    ledger.reset("job-1", epoch, PLAN, 10, 100)
+    assert ledger.uncounted("job-1", 9) == []

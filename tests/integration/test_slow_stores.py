@@ -19,6 +19,7 @@ from orchestrator.jobs import submit
 from orchestrator.s3 import s3_client
 from orchestrator.settings import Settings, load_settings
 from orchestrator.storage import open_store
+from orchestrator.work import Work
 
 LEAD = 0.5
 
@@ -96,3 +97,52 @@ def test_a_job_whose_store_hangs_holds_up_no_other(
     state = worker.ledger.state(stuck)
     assert state is not None
     assert state.status == "in_progress"  # it waits for its store
+
+
+def test_work_goes_on_before_all_parts_of_a_lost_job_were_asked(
+    proxy: FaultyProxy, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing tells what is done; which of its rows failed is asked for meanwhile, by whichever loop leads."""
+    monkeypatch.setattr("orchestrator.work._FEW", 5)
+    monkeypatch.setattr("orchestrator.work._BATCH", 10)
+    settings = load_settings(**{**FAST, "storage_retry_seconds": 30.0})
+    spec = caption_spec(write_manifest(tmp_path, 60, lambda n: n % 2 == 1), "s3://blip/out", chunk_rows=1)
+    first, worker = Controller(settings), MiniWorker(settings)
+    job, ledger = submit(worker.ledger, spec, settings), worker.ledger
+    advance(first, job, lambda state: state.chunks_done == 40, worker)
+    while worker.take():
+        pass
+    redis_server.client().flushall()
+    ledger.worker_seen("w", {"slots": 60})
+    proxy.seconds["HEAD"] = 1.0  # a second for ten parts
+    state = advance(first, job, lambda _: ledger.in_flight(job)[2] == 20)
+    assert (state.chunks_done, state.completed, state.failed) == (40, 40, 0)
+    state = advance(first, job, lambda state: state.failed > 0)
+    first.close()
+    assert len(ledger.uncounted(job, 40)) >= 10
+    proxy.seconds.clear()
+    second = Controller(settings)
+    state = advance(second, job, lambda state: state.ended, worker)
+    second.close()
+    assert (state.status, state.completed, state.failed, state.restored) == ("completed", 30, 30, 40)
+    assert ledger.error_codes(job) == {"image_not_found": 30}
+    assert rows_of("s3://blip/out") == list(range(60))
+
+
+def test_a_part_that_vanished_before_it_was_asked_is_done_again(
+    s3_server: S3Server, redis_server: RedisServer, settings: Settings, controller: Controller, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("orchestrator.work._FEW", 5)
+    spec = caption_spec(write_manifest(tmp_path, 40), "s3://blip/out", chunk_rows=1)
+    worker = MiniWorker(settings)
+    job = submit(worker.ledger, spec, settings)
+    advance(controller, job, lambda state: state.chunks_done == 30, worker)
+    redis_server.client().flushall()
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "count", lambda *_: None)  # it does not come to it
+        advance(controller, job, lambda state: state.status == "in_progress" and state.chunks_done == 30)
+    s3_client(5.0).delete_object(Bucket="blip", Key="out/results/part-00000007.jsonl")
+    state = advance(controller, job, lambda state: state.ended, worker)
+    assert (state.status, state.completed) == ("completed", 40)
+    assert rows_of("s3://blip/out") == list(range(40))

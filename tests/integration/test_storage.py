@@ -1,6 +1,7 @@
 """One behaviour on every store: local folders, moto (conditional put), and rclone (without it)."""
 
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -205,6 +206,21 @@ def test_hidden_and_half_written_files_are_not_listed(tmp_path: Path) -> None:
     (tmp_path / ".DS_Store").write_bytes(b"")
     (tmp_path / "a.jpg").write_bytes(b"x")
     assert [info.key for info in LocalStore(tmp_path).list()] == ["a.jpg"]
+
+
+def test_files_that_vanish_or_cannot_be_looked_at_while_they_are_listed(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg", "c/d.jpg", "e.jpg"):
+        LocalStore(tmp_path).put(name, b"x")
+    (tmp_path / "f.jpg").symlink_to("nowhere")
+    (tmp_path / "g.jpg").symlink_to("g.jpg")
+    listing = LocalStore(tmp_path).list()
+    found = [next(listing).key]
+    (tmp_path / "b.jpg").unlink()
+    shutil.rmtree(tmp_path / "c")
+    found.append(next(listing).key)
+    assert found == ["a.jpg", "e.jpg"]
+    with pytest.raises(StorageError, match=r"g\.jpg: Too many levels of symbolic links"):
+        next(listing)
 
 
 def test_one_object_by_uri(tmp_path: Path) -> None:

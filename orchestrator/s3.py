@@ -3,13 +3,14 @@
 import base64
 import contextlib
 import hashlib
+import logging
 import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 #: Answers that are worth asking again for: conflicts of conditional writes, throttling, and the store's own failures.
 _RETRY_STATUS: Final = frozenset({408, 409, 429, 500, 502, 503, 504})
@@ -307,7 +309,15 @@ def retrying(uri: str, call: Callable[[], T], seconds: float) -> T:
             wait = pause * random.uniform(0.5, 1.0)
             if not failure.retryable or time.monotonic() + wait > deadline:
                 raise failure from error
+            if isinstance(failure, NoCredentials):
+                _say_that_it_waits(seconds)
             time.sleep(wait)
+
+
+@cache
+def _say_that_it_waits(seconds: float) -> None:
+    """Once a process: someone who forgot them sits before a terminal, and it may take this long."""
+    log.warning("no S3 credentials yet; looking for them for up to %g seconds …", seconds)
 
 
 def _as_storage_error(uri: str, error: BaseException | None) -> StorageError:

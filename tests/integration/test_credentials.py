@@ -94,9 +94,14 @@ def test_threads_that_need_credentials_at_once_do_not_queue_for_looks_in_vain(ma
     assert time.monotonic() - began < 10
 
 
-def test_a_plain_mistake_is_one_line(machine: MetadataService) -> None:
+def test_a_plain_mistake_is_one_line_after_one_that_it_waits(machine: MetadataService) -> None:
     machine.status = 404
-    one_line_error(blip_batch("verify", "s3://blip/out", BLIP_STORAGE_RETRY_SECONDS="0.5"), "set AWS_ACCESS_KEY_ID and")
+    done = blip_batch("verify", "s3://blip/out", BLIP_STORAGE_RETRY_SECONDS="0.9")
+    waits, error = done.stderr.splitlines()
+    assert waits == "no S3 credentials yet; looking for them for up to 0.9 seconds …"
+    assert error.startswith("Error: ")
+    assert "set AWS_ACCESS_KEY_ID and" in error
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(

@@ -307,11 +307,17 @@ def retrying(uri: str, call: Callable[[], T], seconds: float) -> T:
             failure = _as_storage_error(uri, error)
             pause = min(pause * 2, 5.0)
             wait = pause * random.uniform(0.5, 1.0)
-            if not failure.retryable or time.monotonic() + wait > deadline:
+            if not failure.retryable or _are_nowhere(error) or time.monotonic() + wait > deadline:
                 raise failure from error
             if isinstance(failure, NoCredentials):
                 _say_that_it_waits(seconds)
             time.sleep(wait)
+
+
+def _are_nowhere(error: Exception) -> bool:
+    """Credentials that no variable and no file has, where this machine is not to be asked: another look finds none."""
+    asked = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() != "true"
+    return isinstance(error, NoCredentialsError) and not asked
 
 
 @cache

@@ -128,7 +128,8 @@ class Engine:
 
     def load_model(self, _name: str, model: str, _task: str) -> Any:
         """As of the real one."""
-        return SimpleNamespace(source=model, revision=None, weights_sha256="0" * 64, image_size=(32, 32))
+        facts = {"revision": None, "weights_sha256": "0" * 64, "image_size": (32, 32), "precision": "", "device": "cpu"}
+        return SimpleNamespace(source=model, **facts)
 
     def submit(self, _request: Request) -> "Future[list[Caption]]":
         """As of the real one."""

@@ -175,7 +175,7 @@ class LocalStore(Store):
         except ObjectNotFound:
             return
         # S3's order: by the whole key, in which a folder's name goes on with "/".
-        named = sorted(((entry.name + "/" if entry.is_dir() else entry.name).encode(errors="surrogateescape"), entry)
+        named = sorted(((entry.name + "/" if _is_folder(entry) else entry.name).encode(errors="surrogateescape"), entry)
                        for entry in entries)  # fmt: skip
         for _, entry in named:
             key = f"{folder}/{entry.name}" if folder else entry.name
@@ -183,6 +183,12 @@ class LocalStore(Store):
                 yield from self._walk(key)
             elif (info := _stat(entry)) is not None and stat.S_ISREG(info.st_mode):
                 yield ObjectInfo(key, info.st_size, _etag(info))
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    with contextlib.suppress(OSError):  # a link to itself
+        return entry.is_dir()
+    return False
 
 
 def _stat(entry: "os.DirEntry[str]") -> os.stat_result | None:

@@ -1,6 +1,7 @@
 """Fixtures for everyone: real servers, started once a session where state can be wiped, once a test otherwise."""
 
 import os
+import signal
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Where it is ignored, as in a shell's background job, the processes of tests would not hear of a Ctrl-C either.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if (device := config.getoption("--device")) != "cpu":
         import torch  # noqa: PLC0415 - most tests do without
 

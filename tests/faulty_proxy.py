@@ -5,13 +5,15 @@ import socket
 import struct
 import threading
 from collections import deque
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Literal, TypeAlias
+
+from loopback import LoopbackServer
 
 Fault: TypeAlias = int | Literal["pass", "reset", "reset_after", "truncate", "hang", "hang_after"]
 
 
-class FaultyProxy:
+class FaultyProxy(LoopbackServer):
     """Forwards to `port`. Each request whose method is in `methods` takes the next fault of `script`, then `always`.
 
     A number is answered in the store's place; `reset` and `hang` come before the store sees the request, their
@@ -28,25 +30,11 @@ class FaultyProxy:
         self.connections = 0
         self.requests: list[tuple[str, str]] = []  # methods and paths, in order
         self.released = threading.Event()  # ends all hangs
-        proxy = self
-
-        class Handler(_Handler):
-            owner = proxy
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
-        self._thread.start()
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        super().__init__(_Handler)
 
     def close(self) -> None:
         self.released.set()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().close()
 
     def next_fault(self, method: str) -> Fault:
         self.seen.append(method)

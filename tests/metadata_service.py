@@ -1,10 +1,11 @@
 """What a machine of AWS gets its credentials from (IMDS), as a server that answers as a test says."""
 
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from loopback import LoopbackServer
 
 _ROLE = {
     "Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": "test", "SecretAccessKey": "secret", "Token": "token",
@@ -12,30 +13,13 @@ _ROLE = {
 }  # fmt: skip
 
 
-class MetadataService:
+class MetadataService(LoopbackServer):
     """`status`: what it answers; `seconds`: after what time."""
 
     def __init__(self) -> None:
         self.status, self.seconds = 200, 0.0
         self.seen: list[str] = []  # paths, in order
-        service = self
-
-        class Handler(_Handler):
-            owner = service
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
-        self._thread.start()
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__init__(_Handler)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -52,23 +52,6 @@ def _parts(runner: Runner[Any]) -> list[tuple[str, Any, str]]:
     return parts
 
 
-class _Eager:
-    """A decoder whose steps can be watched: a graph is replayed as one."""
-
-    def __init__(self, decoder: Any) -> None:
-        self._decoder = decoder
-
-    def generate(
-        self,
-        prompt: Prompt,
-        memory: Memory,
-        options: GenerationOptions,
-        uniforms: Any = None,
-        used: Any = None,  # noqa: ARG002  # as the decoders that it stands for
-    ) -> Generated:
-        return generate(self._decoder, prompt, memory, options, uniforms=uniforms)
-
-
 class Watch:
     """Seconds and calls of every stage, each without the stages inside it."""
 
@@ -114,9 +97,14 @@ def watching(runner: Runner[Any], exact: bool = True) -> Iterator[Watch]:
 
         return call
 
+    def step_by_step(
+        prompt: Prompt, memory: Memory, options: GenerationOptions, uniforms: Any = None, _used: Any = None
+    ) -> Generated:
+        return generate(runner.resident.model.text_decoder, prompt, memory, options, uniforms=uniforms)
+
     with ExitStack() as stack:
         for name, owner, attribute in _parts(runner):
             stack.enter_context(patch.object(owner, attribute, watched(name, getattr(owner, attribute))))
-        if isinstance(getattr(runner, "_decoder", None), GraphedDecoder):
-            stack.enter_context(patch.object(runner, "_decoder", _Eager(runner.resident.model.text_decoder)))
+        if isinstance(graphed := getattr(runner, "_decoder", None), GraphedDecoder):
+            stack.enter_context(patch.object(graphed, "generate", step_by_step))
         yield watch

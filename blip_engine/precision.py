@@ -1,12 +1,12 @@
 """Which device and which number type a model runs on."""
 
 from collections.abc import Mapping
-from typing import Final, get_args
+from typing import Final
 
 import torch
 
 from .errors import OptionError
-from .requests import Precision
+from .requests import check_precision
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 
@@ -37,8 +37,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     on a GPU and float32 on a CPU. `int8`, on a CPU only: the large products in int8, the rest in bfloat16. Raises
     OptionError for an unknown policy, or one that the device has not.
     """
-    if precision not in get_args(Precision):
-        raise OptionError(f"precision {precision!r} is unknown; use one of {', '.join(get_args(Precision))}")
+    check_precision(precision)
     if precision == "int8" and device.type != "cpu":
         raise OptionError(f"precision 'int8' is for CPUs, not {device.type}; use bf16 or fp16")
     if precision != "auto":

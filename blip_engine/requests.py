@@ -42,6 +42,11 @@ def check_words(device: str, precision: str) -> None:
     """Raises OptionError for a device or a precision of no machine; whether one is here only torch can tell."""
     if not _DEVICE.fullmatch(device):
         raise OptionError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:1")
+    check_precision(precision)
+
+
+def check_precision(precision: str) -> None:
+    """Raises OptionError for what is no Precision."""
     if precision not in get_args(Precision):
         raise OptionError(f"precision {precision!r} is unknown; use one of {', '.join(get_args(Precision))}")
 

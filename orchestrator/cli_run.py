@@ -94,7 +94,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command has as many arguments as options
         _retry(spec, settings)
     (summary,) = _run_jobs([spec], workers, redis, settings)
     _print_summary(spec, summary)
-    _leave([spec], [summary])
+    _leave([spec], [summary], settings)
 
 
 def _settings(**given: str | None) -> "Settings":
@@ -142,7 +142,7 @@ def demo(
     ]
     summaries = _run_jobs(specs, workers, redis, settings)
     _print_demo(specs, summaries)
-    _leave(specs, summaries)
+    _leave(specs, summaries, settings)
 
 
 def worker() -> None:
@@ -281,17 +281,18 @@ def _phase(spec: "JobSpec", state: "JobState", rows: int) -> str:
     return {"validating": "planning", "finalizing": "verifying"}.get(state.status, "")
 
 
-def _leave(specs: "Sequence[JobSpec]", summaries: Sequence[dict[str, Any]]) -> NoReturn:
+def _leave(specs: "Sequence[JobSpec]", summaries: Sequence[dict[str, Any]], settings: "Settings") -> NoReturn:
     """Ends with the worst exit code. Raises JobError, which says why, for a job without a single result."""
     from .failures import all_failed  # noqa: PLC0415
     from .plan import load_plan  # noqa: PLC0415
-    from .settings import load_settings  # noqa: PLC0415
     from .storage import open_store  # noqa: PLC0415
 
     codes = []
     for spec, summary in zip(specs, summaries, strict=True):
         codes.append(exit_code(summary["status"], summary["request_counts"]["failed"]))
-        if codes[-1] == EXIT_FAILED and (plan := load_plan(open_store(spec.output), load_settings())) is not None:
+        if codes[-1] != EXIT_FAILED:
+            continue
+        if (plan := load_plan(open_store(spec.output, settings), settings)) is not None:
             raise all_failed(plan, summary["errors"], summary.get("round", 0))
     raise typer.Exit(next((code for code in (EXIT_FAILED, EXIT_ROW_ERRORS) if code in codes), EXIT_OK))
 

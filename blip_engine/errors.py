@@ -43,6 +43,11 @@ class EngineClosedError(BlipError):
     """The engine was closed before it could answer."""
 
 
+def one_line(error: object) -> str:
+    """All that another library's error says, in one line; empty where it says nothing."""
+    return " ".join(str(error).split())
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, without the lines that follow; its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .errors import ImageError
+from .errors import ImageError, one_line
 
 Pixels: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -92,7 +92,7 @@ def _refusals(code: str, what: str) -> Iterator[None]:
     except UnidentifiedImageError:
         raise ImageError(code, what) from None
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)[:200] or type(error).__name__
         raise ImageError(code, f"{what}: {reason}") from None
 
 

@@ -61,8 +61,7 @@ def publish(app: Celery, hints: Iterable[Hint], queue: str = QUEUE) -> int:
                 app.send_task(TASK_NAME, args=[hint.to_message()], queue=queue, producer=producer, retry=False)
                 sent += 1
     except (OperationalError, RedisError, OSError) as error:  # kombu wraps only some of them
-        why = " ".join(str(error).split()).rstrip(".")
-        raise RedisUnavailable(f"the queue: {why}; check BLIP_REDIS_URL") from error
+        raise RedisUnavailable.of("the queue", error) from error
     finally:
         logging.getLogger(__name__).debug("published %d hints", sent)
     return sent

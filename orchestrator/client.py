@@ -26,6 +26,7 @@ from typing import Any, Final, Self
 
 import httpx
 
+from blip_engine.errors import one_line
 from blip_engine.requests import DEMO_MODEL
 
 from .api.models import Backlog, JobDetail
@@ -44,7 +45,7 @@ from .lifecycle import Retry
 from .plan import load_plan
 from .rounds import latest_records
 from .settings import load_settings
-from .storage import open_store
+from .storage import is_uri, open_store
 
 CONNECT_SECONDS: Final = 5.0
 FIRST_SECONDS: Final = 3.0  # as long is asked again at an address that has never answered: it may be wrong
@@ -313,7 +314,7 @@ class BlipBatch:
 
 def _whole(place: str) -> str:
     """URIs as they are, also misspelt ones, which the server refuses; paths made absolute; a slash at the end stays."""
-    if "://" in place or place.lower().startswith("s3:"):
+    if is_uri(place):
         return place
     path = os.path.abspath(os.path.expanduser(place))  # noqa: PTH100, PTH111
     return path + "/" if place.endswith("/") else path
@@ -333,7 +334,7 @@ def _safe(job: str) -> str:
 
 
 def _reason(error: httpx.TransportError) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 def _detail(answer: httpx.Response) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
+from blip_engine.errors import one_line
 from blip_engine.requests import Task
 
 from .contract import ResultFormat, to_line
@@ -235,7 +236,7 @@ def _from_parquet(data: bytes) -> Iterator[Record]:
             row["result"] = _without_nulls(row["result"])
             yield row
     except (pa.ArrowException, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"not our Parquet, or damaged ({' '.join(str(error).split())})") from None
+        raise ValueError(f"not our Parquet, or damaged ({one_line(error)})") from None
 
 
 def _without_nulls(value: Any) -> Any:

@@ -21,6 +21,8 @@ BlipBatchError               base; its text is one line that a user can act on
 
 from typing import ClassVar
 
+from blip_engine.errors import one_line
+
 
 class BlipBatchError(Exception):
     """Base of the orchestrator's exceptions. `str(error)` is one line: the thing, the place, the way out."""
@@ -73,6 +75,11 @@ class RedisUnavailable(BlipBatchError):  # noqa: N818
     """Redis does not answer, or refuses writes. A change may have happened all the same."""
 
     retryable = True
+
+    @classmethod
+    def of(cls, what: str, error: Exception) -> "RedisUnavailable":
+        """What a client of Redis says, and the way out; `what` it was used for."""
+        return cls(f"{what}: {one_line(error).rstrip('.')}; check BLIP_REDIS_URL")
 
 
 class Unauthorized(BlipBatchError):  # noqa: N818

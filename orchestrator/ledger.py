@@ -120,9 +120,7 @@ class Ledger:
         try:
             return call()
         except RedisError as error:
-            raise RedisUnavailable(
-                f"Redis: {' '.join(str(error).split()).rstrip('.')}; check BLIP_REDIS_URL"
-            ) from error
+            raise RedisUnavailable.of("Redis", error) from error
 
     def ping(self) -> None:
         self._ask(self._redis.ping)

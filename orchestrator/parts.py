@@ -18,7 +18,8 @@ _KEY: Final = re.compile(r"(?:results|rounds/[1-9]\d*)/part-(\d{8,})(\.jsonl|\.j
 _FORMATS: Final[dict[str, ResultFormat]] = {suffix: results for results, suffix in SUFFIXES.items()}
 #: What brings the rows of a part back that is gone.
 REDO: Final = "run the job again, or `blip-batch retry JOB` in a cluster, for its rows"
-ALTERED: Final = f"its checksum is not the one in summary.json; delete this part, then {REDO}"
+_WAY_OUT: Final = f"delete this part, then {REDO}"
+ALTERED: Final = f"its checksum is not the one in summary.json; {_WAY_OUT}"
 _FIELDS: Final = {"row", "id", "image", "task", "result", "error", "input"}
 _TYPES: Final[dict[str, Any]] = {
     "row": int, "image": str | None, "result": dict | None, "error": dict | None, "input": dict,
@@ -126,7 +127,7 @@ def describe(store: Store, key: str, plan: str) -> PartInfo | None:
         return None
     chunk = int(named[1])
     if head.metadata.get("plan", plan) != plan:
-        raise PartError(f"{store.uri(key)}: a part of another plan; delete this part, then {REDO}")
+        raise PartError(f"{store.uri(key)}: a part of another plan; {_WAY_OUT}")
     if {"rows", "failed", "sha256"} <= set(head.metadata):
         meta = head.metadata
         return PartInfo(chunk, int(meta["rows"]), int(meta["failed"]), meta["sha256"], meta.get("codes", ""))
@@ -143,7 +144,7 @@ def read_part(store: Store, key: str) -> tuple[list[dict[str, Any]], str]:
         for number, record in enumerate(records, 1):
             _check_shape(number, record)
     except ValueError as error:
-        raise PartError(f"{store.uri(key)}: {error}; delete this part, then {REDO}") from None
+        raise PartError(f"{store.uri(key)}: {error}; {_WAY_OUT}") from None
     return records, hashlib.sha256(data).hexdigest()
 
 
@@ -162,7 +163,7 @@ def check(
     if problem is None and len(records) != len(expected):
         problem = f"{len(records)} rows instead of {len(expected)}"
     if problem:
-        raise PartError(f"{store.uri(key)}: {problem}; delete this part, then {REDO}")
+        raise PartError(f"{store.uri(key)}: {problem}; {_WAY_OUT}")
     failures = [record for record in records if record["error"] is not None]
     info = PartInfo(chunk.id, len(records), len(failures), digest, _codes(failures))
     return CheckedPart(key, info, records, failures)

@@ -31,6 +31,8 @@ from botocore.exceptions import (
     TokenRetrievalError,
 )
 
+from blip_engine.errors import one_line
+
 from .errors import (
     AccessDenied,
     NoCredentials,
@@ -125,7 +127,7 @@ def _checked_client(timeout: float) -> "S3Client":
 
 def _mistake(error: Exception) -> str:
     """What is wrong with the configuration, and the variables that it comes from."""
-    says = " ".join(str(error).split()).rstrip(".")
+    says = one_line(error).rstrip(".")
     if isinstance(error, AttributeError):  # a section that is no section
         says = f"{os.environ.get('AWS_CONFIG_FILE', '~/.aws/config')} is not as it should be ({says})"
     settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_") and "_KEY" not in name}
@@ -340,12 +342,12 @@ def _as_storage_error(uri: str, error: BaseException | None) -> StorageError:
     if isinstance(error, _NO_CREDENTIALS):
         return _no_credentials(uri, error)
     kind = StoreUnavailable if isinstance(error, _PASSING) else StorageError
-    return kind(f"{uri}: {' '.join(str(error).split())}")
+    return kind(f"{uri}: {one_line(error)}")
 
 
 def _no_credentials(uri: str, error: BaseException) -> NoCredentials:
     return NoCredentials(
-        f"{uri}: no S3 credentials ({' '.join(str(error).split())}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+        f"{uri}: no S3 credentials ({one_line(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
         "or AWS_PROFILE, or give this machine a role"
     )
 

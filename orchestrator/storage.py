@@ -277,9 +277,14 @@ def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
 
 
+def is_uri(text: str) -> bool:
+    """Whether it is meant as one, also misspelt: `s3:/bucket` would be a folder named `s3:`."""
+    return "://" in text or text.lower().startswith("s3:")
+
+
 def refuse_other_uris(text: str, what: str = "") -> None:
-    """Raises UsageError for what is neither a local path nor ours: `s3:/bucket` would be a folder named `s3:`."""
-    if "://" in text or text.lower().startswith("s3:"):
+    """Raises UsageError for what is neither a local path nor ours."""
+    if is_uri(text):
         raise UsageError(f"{what}{text}: only s3:// URIs and local paths can be used")
 
 

@@ -16,6 +16,8 @@ from urllib.parse import unquote_plus
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from blip_engine.errors import one_line
+
 from ..errors import FetchError, ManifestError, StorageError
 from ..fetch import ImagePolicy
 from ..settings import Settings
@@ -170,9 +172,7 @@ def _columnar(where: str, part: Source, wanted: str, inventory: _Inventory) -> I
                     yield cells
                     row += 1
         except (pyarrow.ArrowException, OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-            raise ManifestError(
-                f"{where}: {part.uri}: damaged from row {row} on: {' '.join(str(error).split())[:300]}"
-            ) from None
+            raise ManifestError(f"{where}: {part.uri}: damaged from row {row} on: {one_line(error)[:300]}") from None
 
 
 def _parquet_batches(where: str, path: Path) -> Iterator[tuple[dict[str, str], Any]]:

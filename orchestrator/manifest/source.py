@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, Literal, TypeAlias, cast
 
+from blip_engine.errors import one_line
+
 from ..contract import ManifestFormat
 from ..errors import ManifestError, ObjectChanged, StorageError
 from ..settings import Settings
@@ -90,7 +92,7 @@ class _Decompressed(io.RawIOBase):
         except (OSError, EOFError, zlib.error, ValueError) as error:
             raise ManifestError(
                 f"{self._uri}: the {self._name} data is damaged or incomplete after {self._position} decompressed "
-                f"bytes; write the file again ({' '.join(str(error).split()) or type(error).__name__})"
+                f"bytes; write the file again ({one_line(error) or type(error).__name__})"
             ) from None
         view[: len(data)] = data
         self._position += len(data)

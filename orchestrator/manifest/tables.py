@@ -12,6 +12,8 @@ from datetime import date, time, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from blip_engine.errors import one_line
+
 from ..errors import ManifestError
 from ..stopping import go_on
 from ..temporary import temporary_file
@@ -104,7 +106,7 @@ def parquet_lines(source: Source) -> Iterator[bytes]:
                 for batch in _batches(file):
                     yield from map(_row_line, _python_rows(batch))
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            message = " ".join(str(error).split())[:300]
+            message = one_line(error)[:300]
             raise ManifestError(f"{source.uri}: the Parquet data cannot be read: {message}") from None
 
 
